@@ -1,0 +1,48 @@
+# Two commands matter: `make serve` and `make test`. Each makes what it needs in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := -c constraints.txt
+
+.PHONY: serve test check fmt bench exact clean
+
+serve: $(VENV)/serve.stamp ## serve SmolLM2-135M-Instruct on http://127.0.0.1:8000 (ARGS="..." adds flags)
+	@$(BIN)/hocket serve $(ARGS)
+
+test: $(VENV)/dev.stamp ## run the tests
+	@start=$$(date +%s); $(BIN)/python -m pytest $(ARGS); status=$$?; \
+	  echo "tests took $$(( $$(date +%s) - start )) s"; exit $$status
+
+check: $(VENV)/dev.stamp ## lint, format, types, layers, purity
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/architecture
+
+fmt: $(VENV)/dev.stamp ## format and mend what a machine can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev.stamp ## micro-benchmarks: planning time, startup by phase
+	$(BIN)/python -m tests.bench.planning
+	$(BIN)/python -m tests.bench.startup
+
+exact: $(VENV)/dev.stamp ## compare every forced position with transformers (minutes)
+	$(BIN)/python -m tests.exact
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/serve.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing Hocket into $(VENV): about a minute"; start=$$(date +%s); \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e . && touch $@ \
+	  && echo "installing took $$(( $$(date +%s) - start )) s"
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing Hocket and its test tools into $(VENV): about a minute"; start=$$(date +%s); \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]' && touch $@ $(VENV)/serve.stamp \
+	  && echo "installing took $$(( $$(date +%s) - start )) s"
+
+clean: ## remove what the commands above made
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""One model instance: executes step plans on a device. No ray, no fastapi, no asyncio, no text."""
