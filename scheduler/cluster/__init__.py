@@ -1,0 +1,1 @@
+"""The fleet: which instance gets which request."""

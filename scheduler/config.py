@@ -1,0 +1,37 @@
+"""Settings of the pure core: frozen, checked when made, never written to afterwards.
+
+What is measured at start (how many blocks fit, how long a step takes) is not a setting: see
+`types.KVGeometry` and `costs`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceConfig:
+    """Limits of one instance.
+
+    A running request computes at least one token in every step, so the token budget of a step
+    must not be smaller than the number of requests that may run.
+    """
+
+    max_model_len: int  # prompt + output tokens of one request
+    max_num_batched_tokens: int = 512  # token budget of a step
+    max_num_running: int = 64
+    max_num_waiting: int = 512  # beside those that may run; beyond it a request is refused
+    policy: str = "fcfs"
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_batched_tokens", "max_num_running"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_num_waiting < 0:
+            raise ValueError(f"max_num_waiting must not be negative, not {self.max_num_waiting}")
+        if self.max_num_batched_tokens < self.max_num_running:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_running ({self.max_num_running}): each running request computes a token "
+                "in every step"
+            )

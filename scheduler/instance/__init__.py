@@ -1,0 +1,1 @@
+"""One model instance: which requests compute which tokens in the next step."""

@@ -1,0 +1,1 @@
+"""Where keys and values live: block groups, one pool per tier, and who owns which block."""

@@ -1,0 +1,24 @@
+"""What an instance tells the fleet about its load: a frozen snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceView:
+    """The load of one instance at one moment; counters grow from its start."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int  # known tokens of waiting requests, all to be computed
+    num_blocks: int
+    num_free_blocks: int
+    num_steps: int  # completed
+    num_computed_tokens: int
+    num_preemptions: int
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks in use, 0 to 1."""
+        return 1.0 - self.num_free_blocks / self.num_blocks

@@ -1,0 +1,106 @@
+"""A request on one instance, and the one table of its states.
+
+Only `InstanceScheduler` writes here. There is no prefill phase and no decode phase: computed
+tokens chase known tokens, and the difference is what a step may schedule.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from scheduler.types import FinishReason, RequestId, RequestSpec
+
+
+class RequestState(StrEnum):
+    WAITING = "waiting"  # holds no blocks
+    RUNNING = "running"  # holds blocks and computes in every step
+    FINISHED = "finished"
+
+
+class Transition(StrEnum):
+    ADMIT = "admit"
+    PREEMPT = "preempt"
+    FINISH = "finish"
+
+
+# Every legal change of state. What is not here is a broken invariant.
+TRANSITIONS: dict[tuple[RequestState, Transition], RequestState] = {
+    (RequestState.WAITING, Transition.ADMIT): RequestState.RUNNING,
+    (RequestState.WAITING, Transition.FINISH): RequestState.FINISHED,
+    (RequestState.RUNNING, Transition.PREEMPT): RequestState.WAITING,
+    (RequestState.RUNNING, Transition.FINISH): RequestState.FINISHED,
+}
+
+
+class InvariantError(RuntimeError):
+    """The core contradicts itself: the instance must end loudly, its requests go elsewhere."""
+
+
+class Request:
+    """One generation in progress.
+
+    `num_scheduled` counts the tokens whose keys and values are computed or on their way in a
+    planned step; `num_pending` counts the tokens that planned steps will sample but have not
+    reported yet.
+
+    A running request is in the executor's set (`in_batch`) unless it rests: its last token is on
+    its way, or it waits for blocks that a step in flight still holds.
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "finish_reason",
+        "ignore_through_step",
+        "in_batch",
+        "last_step_id",
+        "num_pending",
+        "num_preemptions",
+        "num_scheduled",
+        "ordinal",
+        "output_token_ids",
+        "queue_s",
+        "spec",
+        "state",
+    )
+
+    def __init__(self, spec: RequestSpec, ordinal: int, arrival_s: float) -> None:
+        self.spec = spec
+        self.ordinal = ordinal  # counts arrivals at this instance
+        self.arrival_s = arrival_s
+        self.state = RequestState.WAITING
+        self.output_token_ids: list[int] = []
+        self.num_scheduled = 0
+        self.num_pending = 0
+        self.num_preemptions = 0
+        self.last_step_id = -1  # the last planned step that computes some of it
+        self.ignore_through_step = -1  # what steps up to this one report is of a past life
+        self.in_batch = False
+        self.queue_s: float | None = None  # from arrival to the first step; None until then
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.spec.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: the prompt and what was produced so far."""
+        return len(self.spec.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens that a next step could compute, those to be sampled by planned steps included."""
+        return self.num_tokens + self.num_pending - self.num_scheduled
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return (*self.spec.prompt_token_ids, *self.output_token_ids)
+
+    def move(self, transition: Transition) -> None:
+        """Change state by the table. Raises InvariantError for a change that is not in it."""
+        target = TRANSITIONS.get((self.state, transition))
+        if target is None:
+            raise InvariantError(
+                f"request {self.request_id}: cannot {transition} while {self.state}"
+            )
+        self.state = target
