@@ -1,0 +1,130 @@
+"""The loop of one instance: takes commands, plans, executes, reports. It decides nothing.
+
+Torch-free: what to compute is the scheduler's, how is the executor's. It runs on a thread of its
+own and is the only one to touch both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from engine.executor import Executor
+from engine.messages import Abort, Command, Failed, Report, StepEvents, Stop, Submit
+from scheduler.instance.plan import StepPlan, StepResult
+from scheduler.load import InstanceView
+from scheduler.request import InvariantError
+from scheduler.types import (
+    FinishedEvent,
+    RejectedEvent,
+    RequestEvent,
+    RequestId,
+    RequestSpec,
+    TokenEvent,
+)
+
+
+class StepScheduler(Protocol):
+    """What the loop asks of a scheduler: `InstanceScheduler`, or one that writes it down."""
+
+    def add(self, spec: RequestSpec, now: float) -> RejectedEvent | None: ...
+    def abort(self, request_id: RequestId) -> FinishedEvent | None: ...
+    def plan_step(self, now: float) -> StepPlan | None: ...
+    def complete_step(self, result: StepResult) -> list[RequestEvent]: ...
+    def view(self) -> InstanceView: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+
+class EngineCore:
+    """Holds at most `depth` steps in flight: at 1 a step is planned when the last is complete,
+    at 2 while it runs.
+    """
+
+    def __init__(
+        self,
+        scheduler: StepScheduler,
+        executor: Executor,
+        emit: Callable[[Report], None],
+        *,
+        depth: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.inbox: SimpleQueue[Command] = SimpleQueue()  # any thread may put
+        self._scheduler = scheduler
+        self._executor = executor
+        self._emit = emit
+        self._depth = depth
+        self._clock = clock
+        self._in_flight: deque[StepPlan] = deque()
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until told to stop. A failure is reported as `Failed` and then raised."""
+        try:
+            while not self._stopping:
+                self.turn()
+        except Exception as error:
+            self._emit(Failed(cause=f"{type(error).__name__}: {error}"))
+            raise
+        finally:
+            self._executor.close()
+
+    def turn(self) -> None:
+        """Take what has arrived, keep the executor busy, report what the oldest step brought.
+
+        Waits only when there is nothing to do: for a command when idle, else for a step.
+        """
+        events = self._take_commands(wait=not self._in_flight and not self._scheduler.has_work)
+        result: StepResult | None = None
+        while len(self._in_flight) < self._depth:
+            plan = self._scheduler.plan_step(self._clock())
+            if plan is None:
+                break
+            self._executor.submit(plan)
+            self._in_flight.append(plan)
+        if self._in_flight:
+            result = self._executor.poll()
+            self._in_flight.popleft()
+            events += self._scheduler.complete_step(result)
+        elif self._scheduler.has_work:
+            raise InvariantError("requests are alive, but no step can be planned")
+        if events or result is not None:
+            self._report(events, result.duration_s if result else 0.0)
+
+    def _take_commands(self, *, wait: bool) -> list[RequestEvent]:
+        events: list[RequestEvent] = []
+        try:
+            command = self.inbox.get(block=wait)
+            while True:
+                self._obey(command, events)
+                command = self.inbox.get_nowait()
+        except Empty:
+            return events
+
+    def _obey(self, command: Command, events: list[RequestEvent]) -> None:
+        event: RequestEvent | None = None
+        match command:
+            case Submit(spec):
+                event = self._scheduler.add(spec, self._clock())
+            case Abort(request_id):
+                event = self._scheduler.abort(request_id)
+            case Stop():
+                self._stopping = True
+        if event is not None:
+            events.append(event)
+
+    def _report(self, events: list[RequestEvent], step_s: float) -> None:
+        self._emit(
+            StepEvents(
+                tokens=[event for event in events if isinstance(event, TokenEvent)],
+                finished=[event for event in events if isinstance(event, FinishedEvent)],
+                rejected=[event for event in events if isinstance(event, RejectedEvent)],
+                view=self._scheduler.view(),
+                step_s=step_s,
+            )
+        )

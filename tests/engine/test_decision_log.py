@@ -1,0 +1,84 @@
+"""The decision log: replayed without a difference, and byte for byte the same for the same seed."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import pytest
+
+from engine.core import EngineCore
+from engine.decision_log import RecordingScheduler, replay
+from engine.messages import Abort, Submit
+from scheduler.types import RequestId
+from tests.factories import VOCAB_SIZE, make_config, make_executor, make_geometry, make_spec
+
+
+def record(seed: int, depth: int) -> bytes:
+    """Run a mixed load on a manual clock and return its log."""
+    rng = random.Random(seed)
+    file = io.BytesIO()
+    scheduler = RecordingScheduler(make_config(max_num_running=4), make_geometry(12), file)
+    now = [0.0]
+    core = EngineCore(
+        scheduler, make_executor(12), lambda _: None, depth=depth, clock=lambda: now[0]
+    )
+    for index in range(60):
+        core.inbox.put(
+            Submit(
+                make_spec(
+                    f"r{index}",
+                    prompt=[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 20))],
+                    max_tokens=rng.randint(1, 25),
+                    stop_token_ids=(rng.randrange(VOCAB_SIZE),),
+                )
+            )
+        )
+        if rng.random() < 0.2:
+            core.inbox.put(Abort(RequestId(f"r{rng.randrange(index + 1)}")))
+        for _ in range(rng.randint(1, 6)):
+            now[0] += rng.random()
+            if scheduler.has_work or not core.inbox.empty():
+                core.turn()
+    while scheduler.has_work:
+        core.turn()
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_log_replays_without_a_difference(tmp_path, depth):
+    path = tmp_path / "log"
+    path.write_bytes(record(seed=3, depth=depth))
+    answers = list(replay(path))
+    assert len(answers) > 300
+    assert not any(answers)
+
+
+def test_the_same_seed_makes_the_same_log_byte_for_byte():
+    assert record(seed=5, depth=2) == record(seed=5, depth=2)
+    assert record(seed=5, depth=2) != record(seed=6, depth=2)
+
+
+def test_a_changed_decision_is_found(tmp_path):
+    path = tmp_path / "log"
+    lines = record(seed=3, depth=1).splitlines(keepends=True)
+    index = next(i for i, line in enumerate(lines) if line.startswith(b'["Planned"') and i > 50)
+    lines[index] = lines[index].replace(b'"step_id":', b'"step_id":1')
+    path.write_bytes(b"".join(lines))
+    differences = [answer for answer in replay(path) if answer]
+    assert [difference.line for difference in differences] == [index + 1]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "log"
+    whole = record(seed=3, depth=1)
+    path.write_bytes(whole[:-7])
+    assert not any(replay(path))
+
+
+@pytest.mark.parametrize("text", ["", "hello\n", '["Planned",0.0,null]\n'])
+def test_what_is_no_log_is_refused(tmp_path, text):
+    path = tmp_path / "log"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is no decision log"):
+        list(replay(path))
