@@ -1,0 +1,216 @@
+"""Puts one instance together: weights, KV memory, executor, scheduler, loop.
+
+Torch and everything that needs it are imported here and only when a real model is built, so that
+the fake instance starts without them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from engine import machine
+from engine.batch import PersistentBatch
+from engine.config import BLOCK_SIZE, EngineConfig
+from engine.core import EngineCore, StepScheduler
+from engine.decision_log import RecordingScheduler
+from engine.executor import Executor
+from engine.fake import ChecksumExecutor
+from engine.messages import Ready, Report
+from scheduler.config import InstanceConfig
+from scheduler.costs import LinearStepCost
+from scheduler.instance.plan import Chunk, Join, StepPlan
+from scheduler.instance.scheduler import InstanceScheduler
+from scheduler.kv.blocks import BlockGroup
+from scheduler.types import KVGeometry, RequestId, SamplingParams
+
+_FAKE_MAX_MODEL_LEN = 8192
+_FAKE_NUM_BLOCKS = 16_384
+# Round numbers of no particular machine, between a small model on a CPU and a large one on a GPU;
+# `python -m tests.bench.step_cost` fits those of the machine that it runs on.
+FAKE_COST = LinearStepCost(
+    fixed_s=0.010, token_s=0.0005, request_s=0.001, context_token_s=0.0000005
+)
+
+
+class Progress(Protocol):
+    """Where a start is: phases in turn, and how far the current one has come."""
+
+    def phase(self, name: str, total: int | None) -> None: ...
+
+    def advance(self, done: int) -> None: ...
+
+
+class StartupTimes:
+    """Seconds of each phase of a start; a phase that comes twice adds up."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, title: str, total: int | None = None) -> Iterator[None]:
+        self._progress.phase(title, total)
+        start_s = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start_s
+
+    def advance(self, done: int) -> None:
+        self._progress.advance(done)
+
+
+class CannotStart(Exception):
+    """The machine cannot run what was asked for: `cause` and `remedy`, a line each."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(cause, remedy)
+        self.cause = cause
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return self.cause
+
+
+def build_engine(
+    config: EngineConfig, times: StartupTimes, emit: Callable[[Report], None]
+) -> tuple[EngineCore, Ready]:
+    """Return the loop, not yet running, and what it can serve.
+
+    Raises ModelFormatError for a model that cannot be read, CannotStart for a machine that cannot
+    run it.
+    """
+    try:
+        if config.model_folder is None:
+            executor, ready = _build_fake(config)
+        else:
+            executor, ready = _build_real(config, times)
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        raise CannotStart(
+            f"there is not enough memory for these limits: {error}",
+            "lower --kv-memory, --max-num-running or --max-model-len",
+        ) from error
+    scheduler = _scheduler(config, ready)
+    return EngineCore(scheduler, executor, emit, depth=config.depth), ready
+
+
+def _scheduler(config: EngineConfig, ready: Ready) -> StepScheduler:
+    settings = InstanceConfig(
+        max_model_len=ready.max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_running=config.max_num_running,
+        max_num_waiting=config.max_num_waiting,
+    )
+    if config.decision_log is None:
+        return InstanceScheduler(settings, ready.geometry)
+    try:
+        # Unbuffered: what a killed process decided is what its log is read for.
+        file = config.decision_log.open("wb", buffering=0)
+    except OSError as error:
+        raise CannotStart(
+            f"the decision log {config.decision_log} cannot be written: {error.strerror}",
+            "name another file with --decision-log",
+        ) from error
+    return RecordingScheduler(settings, ready.geometry, file)
+
+
+def _build_fake(config: EngineConfig) -> tuple[Executor, Ready]:
+    max_model_len = config.max_model_len or _FAKE_MAX_MODEL_LEN
+    geometry = KVGeometry(
+        block_size=BLOCK_SIZE, num_blocks=_FAKE_NUM_BLOCKS, block_bytes=8 * BLOCK_SIZE
+    )
+    executor = ChecksumExecutor(
+        geometry,
+        max_num_rows=config.max_num_running,
+        max_model_len=max_model_len,
+        vocab_size=config.fake_vocab_size,
+        cost=FAKE_COST,
+    )
+    ready = Ready(config.model_name, "checksum", "none", max_model_len, geometry)
+    return executor, ready
+
+
+def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Ready]:
+    # Threads that wait for others spin a little, then sleep. By default libgomp spins for so long
+    # that two processes on the same cores take four times their share of the time; without any
+    # spinning a decode step alone takes up to twice as long. libgomp reads this when it is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    with times.phase("import", "importing torch"):
+        import torch
+
+        from engine.attention.reference import ReferenceAttention
+        from engine.executors.sequential import SequentialExecutor
+        from engine.kv.cache import KVCache, kv_geometry
+        from engine.models.registry import load_model
+    torch.set_num_threads(config.num_threads or machine.num_usable_cores())
+    if config.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise CannotStart(f"--device {config.device} is not supported", "name cpu or cuda:0")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise CannotStart(
+            f"--device {config.device}: this torch finds no CUDA device",
+            "install the CUDA build of torch and a driver, or leave --device out",
+        )
+    assert config.model_folder is not None
+    _check_memory(config)
+    with times.phase("weights", "reading weights"):
+        model = load_model(
+            config.model_folder, config.dtype, config.device, lambda done, _: times.advance(done)
+        )
+    shape = model.shape
+    with times.phase("kv", "making KV memory"):
+        if config.kv_memory_bytes is not None:
+            num_bytes = config.kv_memory_bytes
+        elif shape.device.type == "cuda":
+            num_bytes = int(torch.cuda.mem_get_info(shape.device)[0] * machine.KV_SHARE_CUDA)
+        else:
+            num_bytes = machine.default_kv_bytes()
+        geometry = kv_geometry(shape, BLOCK_SIZE, num_bytes)
+        if geometry.num_blocks < 1:
+            raise CannotStart(
+                f"KV memory of {num_bytes} bytes holds no block of {geometry.block_bytes} bytes",
+                "give it more with --kv-memory",
+            )
+        cache = KVCache(shape, geometry)
+    # A window that the KV memory cannot hold would only promise what is then refused.
+    max_model_len = min(
+        config.max_model_len or shape.max_model_len, shape.max_model_len, geometry.num_tokens
+    )
+    attention = ReferenceAttention(cache, shape.device)
+    batch = PersistentBatch(config.max_num_running, max_model_len, BLOCK_SIZE)
+    with times.phase("warm_up", "warming up"):
+        scratch = PersistentBatch(1, BLOCK_SIZE, BLOCK_SIZE)
+        _warm_up(SequentialExecutor(model, attention, scratch))
+    executor = SequentialExecutor(model, attention, batch)
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return executor, Ready(config.model_name, dtype, str(shape.device), max_model_len, geometry)
+
+
+def _check_memory(config: EngineConfig) -> None:
+    """Refuse a model that would be killed while it loads: nobody explains that to its user."""
+    assert config.model_folder is not None
+    limit = machine.memory_limit_bytes()
+    needed = sum(file.stat().st_size for file in config.model_folder.glob("*.safetensors"))
+    if config.device == "cpu" and needed > limit:
+        raise CannotStart(
+            f"the weights take {needed / machine.GIB:.1f} GiB, and this process may use "
+            f"{limit / machine.GIB:.1f} GiB",
+            "use a smaller model, or a machine with more memory",
+        )
+
+
+def _warm_up(executor: Executor) -> None:
+    """Run a chunk and a single token in block 0, so that no request pays for first calls."""
+    request_id, token_ids = RequestId("warm-up"), (0,) * (BLOCK_SIZE - 2)
+    params = SamplingParams(max_tokens=2, temperature=1.0, top_p=0.9)
+    join = Join(request_id, token_ids, 0, (BlockGroup(0, 1),), params)
+    for plan in (
+        StepPlan(step_id=0, joins=(join,), chunks=(Chunk(request_id, len(token_ids)),)),
+        StepPlan(step_id=1),
+    ):
+        executor.submit(plan)
+        executor.poll()

@@ -1,0 +1,1 @@
+"""KV memory as tensors."""

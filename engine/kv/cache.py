@@ -1,0 +1,59 @@
+"""The KV memory of the device tier: one tensor in which a block holds all layers.
+
+Layout `[block, layer, k|v, kv_head, slot, head_dim]`: a block group is one contiguous range of
+bytes, so a swap or a migration of a group is one copy; attention sees a strided view per layer.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from engine.models.slices import ModelShape
+from scheduler.types import KVGeometry
+
+
+def kv_geometry(shape: ModelShape, block_size: int, num_bytes: int) -> KVGeometry:
+    """Return how many blocks of `block_size` tokens fit into `num_bytes`."""
+    block_bytes = block_size * shape.kv_token_bytes
+    return KVGeometry(
+        block_size=block_size, num_blocks=num_bytes // block_bytes, block_bytes=block_bytes
+    )
+
+
+class KVCache:
+    """Owns the tensor; who may write which block is decided by the plans."""
+
+    def __init__(self, shape: ModelShape, geometry: KVGeometry) -> None:
+        self.geometry = geometry
+        self._kv = _zeros(
+            (
+                geometry.num_blocks,
+                shape.num_layers,
+                2,
+                shape.num_kv_heads,
+                geometry.block_size,
+                shape.head_dim,
+            ),
+            shape.dtype,
+            shape.device,
+        )
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return views of the keys and the values, each [block, kv_head, slot, head_dim]."""
+        return self._kv[:, layer, 0], self._kv[:, layer, 1]
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU in pages that take memory only when they are first written.
+
+    The zeros matter: attention multiplies slots past a request's end by a weight of zero, and
+    zero times the NaN that uninitialised memory may hold is NaN.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    num_elements = torch.Size(size).numel()
+    pages = mmap.mmap(-1, num_elements * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype, count=num_elements).view(size)

@@ -1,0 +1,1 @@
+"""Model families as dense slices, and how their weights are read."""

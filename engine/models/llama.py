@@ -1,0 +1,202 @@
+"""The Llama family (Touvron et al. 2023) as dense slices: RMSNorm, RoPE, GQA, SwiGLU.
+
+Shape legend: T tokens, E hidden size, H query heads, G key/value heads, D head size, F = MLP size,
+Q = (H + 2 G) D, S sampled rows, V vocabulary. Weights are [out, in], as `F.linear` takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.models.errors import ModelFormatError
+from engine.models.layers import rope_frequencies, rotate
+from engine.models.slices import Carry, ModelShape, Projected
+from engine.models.weights import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaConfig:
+    """The fields of config.json that this family reads."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    norm_eps: float
+    rope: dict[str, Any]
+    tied: bool
+
+    @classmethod
+    def parse(cls, config: dict[str, Any]) -> LlamaConfig:
+        """Raises ModelFormatError for a missing field or a variant that is not supported."""
+        plain_values = {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "quantization_config": None,
+        }
+        for field, plain in plain_values.items():
+            if config.get(field, plain) != plain:
+                raise ModelFormatError(
+                    f"{field} = {config[field]!r} is not supported for Llama",
+                    f"use a model whose config.json has {field} = {plain!r}",
+                )
+        try:
+            # transformers 5 writes rope_parameters; older configs rope_theta beside rope_scaling.
+            rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+            rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+            rope.setdefault("rope_type", rope.get("type", "default"))
+            num_heads = int(config["num_attention_heads"])
+            return cls(
+                hidden_size=int(config["hidden_size"]),
+                intermediate_size=int(config["intermediate_size"]),
+                num_layers=int(config["num_hidden_layers"]),
+                num_heads=num_heads,
+                num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+                head_dim=int(config.get("head_dim") or config["hidden_size"] // num_heads),
+                vocab_size=int(config["vocab_size"]),
+                max_model_len=int(config["max_position_embeddings"]),
+                norm_eps=float(config["rms_norm_eps"]),
+                rope=rope,
+                tied=bool(config.get("tie_word_embeddings", False)),
+            )
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ModelFormatError(
+                f"config.json lacks a usable field: {error!r}", "fetch the model again"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm_E: Tensor
+    qkv_QE: Tensor
+    out_EX: Tensor  # X = H D
+    mlp_norm_E: Tensor
+    gate_up_2FE: Tensor
+    down_EF: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    embedding_VE: Tensor
+    layers: list[_Layer]
+    norm_E: Tensor
+    head_VE: Tensor
+
+
+def load(
+    config: dict[str, Any],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_layer: Callable[[int, int], None],
+) -> LlamaSlices:
+    """Read the weights; q, k and v become one matrix, gate and up another."""
+    c = LlamaConfig.parse(config)
+    e, f, x, g = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads
+
+    def take(name: str, *shape: int) -> Tensor:
+        return checkpoint.take(f"{name}.weight", shape).to(device=device, dtype=dtype)
+
+    def layer(index: int) -> _Layer:
+        at = f"model.layers.{index}"
+        qkv = [
+            take(f"{at}.self_attn.{name}_proj", rows, e)
+            for name, rows in (("q", x), ("k", g * c.head_dim), ("v", g * c.head_dim))
+        ]
+        on_layer(index + 1, c.num_layers)
+        return _Layer(
+            attention_norm_E=take(f"{at}.input_layernorm", e),
+            qkv_QE=torch.cat(qkv),
+            out_EX=take(f"{at}.self_attn.o_proj", e, x),
+            mlp_norm_E=take(f"{at}.post_attention_layernorm", e),
+            gate_up_2FE=torch.cat([take(f"{at}.mlp.{n}_proj", f, e) for n in ("gate", "up")]),
+            down_EF=take(f"{at}.mlp.down_proj", e, f),
+        )
+
+    embedding = take("model.embed_tokens", c.vocab_size, e)
+    weights = _Weights(
+        embedding_VE=embedding,
+        layers=[layer(index) for index in range(c.num_layers)],
+        norm_E=take("model.norm", e),
+        head_VE=embedding if c.tied else take("lm_head", c.vocab_size, e),
+    )
+    checkpoint.finish(
+        unused=lambda name: "rotary_emb.inv_freq" in name or (c.tied and name == "lm_head.weight")
+    )
+    return LlamaSlices(c, weights)
+
+
+class LlamaSlices:
+    """See `engine.models.slices`."""
+
+    def __init__(self, config: LlamaConfig, weights: _Weights) -> None:
+        self._config = config
+        self._weights = weights
+        table = weights.embedding_VE
+        self._frequency_P = rope_frequencies(config.head_dim, config.rope).to(table.device)
+        self.shape = ModelShape(
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            max_model_len=config.max_model_len,
+            dtype=table.dtype,
+            device=table.device,
+        )
+
+    def first(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[Carry, Projected]:
+        angle_TP = positions_T.to(torch.float32)[:, None] * self._frequency_P
+        angle_T1D = torch.cat((angle_TP, angle_TP), dim=-1)[:, None]
+        carry = Carry(
+            F.embedding(token_ids_T, self._weights.embedding_VE),
+            angle_T1D.cos().to(self.shape.dtype),
+            angle_T1D.sin().to(self.shape.dtype),
+        )
+        return carry, self._project(0, carry)
+
+    def middle(self, layer: int, carry: Carry, attended_THD: Tensor) -> tuple[Carry, Projected]:
+        residual_TE = self._finish(layer - 1, carry.residual_TE, attended_THD)
+        carry = carry._replace(residual_TE=residual_TE)
+        return carry, self._project(layer, carry)
+
+    def last(self, carry: Carry, attended_THD: Tensor, tokens_S: Tensor) -> Tensor:
+        # Only the sampled tokens go on: the others' hidden states are read by nobody.
+        residual_SE = self._finish(
+            self.shape.num_layers - 1, carry.residual_TE[tokens_S], attended_THD[tokens_S]
+        )
+        return F.linear(self._norm(residual_SE, self._weights.norm_E), self._weights.head_VE)
+
+    def _project(self, layer: int, carry: Carry) -> Projected:
+        """Norm, q, k, v, RoPE."""
+        shape, weights = self.shape, self._weights.layers[layer]
+        hidden_TE = self._norm(carry.residual_TE, weights.attention_norm_E)
+        qkv_TQD = F.linear(hidden_TE, weights.qkv_QE).view(len(hidden_TE), -1, shape.head_dim)
+        qk_TID, v_TGD = torch.split(
+            qkv_TQD, [shape.num_heads + shape.num_kv_heads, shape.num_kv_heads], dim=1
+        )
+        qk_TID = rotate(qk_TID, carry.cos_T1D, carry.sin_T1D)
+        q_THD, k_TGD = torch.split(qk_TID, [shape.num_heads, shape.num_kv_heads], dim=1)
+        return Projected(q_THD, k_TGD, v_TGD)
+
+    def _finish(self, layer: int, residual_TE: Tensor, attended_THD: Tensor) -> Tensor:
+        """Output projection and MLP of a layer, each added to the residual stream."""
+        weights = self._weights.layers[layer]
+        residual_TE = residual_TE + F.linear(attended_THD.flatten(1), weights.out_EX)
+        hidden_TE = self._norm(residual_TE, weights.mlp_norm_E)
+        gate_TF, up_TF = F.linear(hidden_TE, weights.gate_up_2FE).chunk(2, dim=-1)
+        return residual_TE + F.linear(F.silu(gate_TF) * up_TF, weights.down_EF)
+
+    def _norm(self, x_TE: Tensor, weight_E: Tensor) -> Tensor:
+        return F.rms_norm(x_TE, weight_E.shape, weight_E, self._config.norm_eps)
