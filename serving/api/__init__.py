@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP API: the only users of fastapi and pydantic."""

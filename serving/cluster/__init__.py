@@ -1,0 +1,1 @@
+"""Drives `scheduler.cluster` over instances: handles, streams, and the wire between them."""

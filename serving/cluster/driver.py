@@ -1,0 +1,224 @@
+"""Drives the cluster scheduler over real instances: events in, actions out, each performed once.
+
+It decides nothing. It owns the handles and the stream table, and belongs to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import assert_never
+
+from engine import messages
+from engine.messages import Failed, Ready, Report, StepEvents
+from scheduler.cluster.events import (
+    Abort,
+    Arrived,
+    Cancelled,
+    ClusterEvent,
+    Dispatch,
+    DrainStarted,
+    Ended,
+    Fail,
+    InstanceDown,
+    InstanceUp,
+    Reject,
+    Reported,
+)
+from scheduler.cluster.scheduler import ClusterScheduler
+from scheduler.types import (
+    FinishedEvent,
+    FinishReason,
+    InstanceId,
+    RejectReason,
+    RequestId,
+    RequestSpec,
+    TokenEvent,
+)
+from serving.cluster.handle import InstanceHandle
+from serving.cluster.streams import RequestStream, StreamGroup, StreamTable
+from serving.errors import InstanceLost, InvalidRequest, RequestError, Unavailable
+from serving.metrics import Metrics
+from serving.text.tokenizer import TextCodec
+
+log = logging.getLogger(__name__)
+
+
+class ClusterDriver:
+    """Requests in, streams out."""
+
+    def __init__(
+        self,
+        scheduler: ClusterScheduler,
+        codec: TextCodec,
+        metrics: Metrics,
+        *,
+        max_requests_per_instance: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._codec = codec
+        self._metrics = metrics
+        self._max_requests = max_requests_per_instance
+        self._clock = clock
+        self._handles: dict[InstanceId, InstanceHandle] = {}
+        self._streams = StreamTable()
+        self._arrived_at_s: dict[RequestId, float] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request that came now would be served."""
+        return self._scheduler.accepts
+
+    @property
+    def alive(self) -> bool:
+        """Whether an instance is up."""
+        return self._scheduler.num_instances > 0
+
+    async def start(self, handle: InstanceHandle) -> Ready:
+        """Bring an instance up and give it work from now on."""
+        instance_id = handle.instance_id
+        ready = await handle.start(partial(self._on_report, instance_id))
+        self._handles[instance_id] = handle
+        self._metrics.instance_up(instance_id, up=True)
+        self._handle(InstanceUp(instance_id, self._max_requests))
+        return ready
+
+    def submit(self, specs: Sequence[RequestSpec], stops: Sequence[str]) -> StreamGroup:
+        """Run the requests; all of them, or none. Raises RequestError when one is refused."""
+        group = StreamGroup()
+        for spec in specs:
+            stream = RequestStream(spec, self._codec, stops, group.wake)
+            self._streams.add(stream)
+            self._idle.clear()
+            self._arrived_at_s[spec.request_id] = self._clock()
+            group.streams.append(stream)
+            self._handle(Arrived(spec))
+            if stream.error is not None:
+                self.cancel(group)
+                raise stream.error
+        return group
+
+    def cancel(self, group: StreamGroup) -> None:
+        """The client is gone, or wants no more: end what still runs of the group."""
+        for stream in group.streams:
+            if not stream.ended:
+                self._end(stream, FinishReason.ABORT)
+                self._handle(Cancelled(stream.spec.request_id))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and let those accepted end. False if some had to be cut off."""
+        self.draining = True
+        self._handle(DrainStarted())
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            for request_id in self._streams.open_ids():
+                self._fail(request_id, Unavailable("the server shut down", code="draining"))
+                self._handle(Cancelled(request_id))
+            return False
+        return True
+
+    async def stop(self) -> None:
+        for handle in self._handles.values():
+            await handle.stop()
+
+    # --- events to actions ---
+
+    def _handle(self, event: ClusterEvent) -> None:
+        for action in self._scheduler.handle(event, self._clock()):
+            match action:
+                case Dispatch(spec, instance_id):
+                    self._handles[instance_id].send(messages.Submit(spec))
+                case Abort(request_id, instance_id):
+                    self._handles[instance_id].send(messages.Abort(request_id))
+                case Reject(request_id, reason):
+                    self._fail(request_id, self._refusal(reason), "rejected")
+                case Fail(request_id):
+                    self._fail(request_id, InstanceLost("the instance that ran this failed"))
+                case _:
+                    assert_never(action)
+
+    def _refusal(self, reason: RejectReason) -> RequestError:
+        match reason:
+            case RejectReason.NEVER_FITS:
+                return InvalidRequest("prompt and max_tokens can never fit into the KV memory")
+            case RejectReason.QUEUE_FULL:
+                return Unavailable("the server is full; try again shortly", code="queue_full")
+            case RejectReason.NO_INSTANCE if self.draining:
+                return Unavailable("the server is shutting down", code="draining")
+            case RejectReason.NO_INSTANCE:
+                return Unavailable("no instance is up", code="no_instance")
+            case RejectReason.DUPLICATE_ID:
+                return InvalidRequest("a request with this id is running", param="request_id")
+
+    # --- reports from instances ---
+
+    def _on_report(self, instance_id: InstanceId, report: Report) -> None:
+        match report:
+            case StepEvents():
+                self._on_step(instance_id, report)
+            case Failed(cause):
+                log.error("instance %s failed: %s", instance_id, cause)
+                self._metrics.instance_up(instance_id, up=False)
+                self._handle(InstanceDown(instance_id))
+            case Ready():
+                pass
+
+    def _on_step(self, instance_id: InstanceId, report: StepEvents) -> None:
+        now = self._clock()
+        for token in report.tokens:
+            self._on_token(token, now)
+        for finished in report.finished:
+            self._on_finished(finished)
+        for rejected in report.rejected:
+            self._fail(rejected.request_id, self._refusal(rejected.reason), "rejected")
+            self._handle(Ended(rejected.request_id))
+        self._metrics.step(instance_id, report.view, report.step_s)
+        self._handle(Reported(instance_id, report.view))
+
+    def _on_token(self, event: TokenEvent, now: float) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is None:  # its client left while the step ran
+            return
+        last_at_s, stream.last_token_at_s = stream.last_token_at_s, now
+        self._metrics.token(
+            now - self._arrived_at_s[event.request_id],
+            None if last_at_s is None else now - last_at_s,
+        )
+        if stream.deliver(event.output_index, event.token_id):
+            self._end(stream, FinishReason.STOP)
+            self._handle(Cancelled(event.request_id))
+
+    def _on_finished(self, event: FinishedEvent) -> None:
+        self._metrics.queued(event.queue_s)
+        stream = self._streams.get(event.request_id)
+        if stream is not None:
+            self._end(stream, event.reason)
+        self._handle(Ended(event.request_id))
+
+    # --- the ends of streams ---
+
+    def _end(self, stream: RequestStream, reason: FinishReason) -> None:
+        stream.finish(reason)
+        self._forget(stream, reason.value)
+
+    def _fail(self, request_id: RequestId, error: RequestError, outcome: str = "error") -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.fail(error)
+            self._forget(stream, outcome)
+
+    def _forget(self, stream: RequestStream, outcome: str) -> None:
+        request_id = stream.spec.request_id
+        self._streams.remove(request_id)
+        e2e_s = self._clock() - self._arrived_at_s.pop(request_id)
+        self._metrics.ended(outcome, len(stream.spec.prompt_token_ids), e2e_s)
+        if not len(self._streams):
+            self._idle.set()

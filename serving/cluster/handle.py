@@ -1,0 +1,31 @@
+"""The driver's reference to an instance, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.messages import Command, Ready, Report
+from scheduler.types import InstanceId
+
+
+class InstanceHandle(Protocol):
+    """Commands go in, reports come back on the event loop, in order.
+
+    After a `Failed` report nothing follows and commands are dropped.
+    """
+
+    @property
+    def instance_id(self) -> InstanceId: ...
+
+    async def start(self, on_report: Callable[[Report], None]) -> Ready:
+        """Bring the instance up. Raises UserError when it cannot serve."""
+        ...
+
+    def send(self, command: Command) -> None:
+        """Hand a command over; never waits."""
+        ...
+
+    async def stop(self) -> None:
+        """End the instance; running requests are lost. May be called twice."""
+        ...

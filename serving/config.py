@@ -1,0 +1,97 @@
+"""Settings of a server: the flags as typed, and what they mean, frozen before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeFlags:
+    """The flags of `hocket serve`.
+
+    Attributes
+    ----------
+    host
+        Address to listen on.
+    port
+        Port to listen on; 0 takes a free one.
+    dtype
+        Computation and KV memory; auto takes the model's own where the device is good at it.
+    device
+        cpu, or a CUDA device such as cuda:0.
+    served_model_name
+        The name that clients use; by default the model's.
+    max_model_len
+        Longest prompt and answer together, in tokens; by default the model's window.
+    max_num_running
+        Requests that compute at a time.
+    max_num_waiting
+        Requests that may queue; beyond it the server answers 503.
+    max_num_batched_tokens
+        Tokens of one step: small steps make steady streams, large ones quick prompts.
+    kv_memory
+        Memory for keys and values, such as 4GiB. By default a quarter of the memory this process
+        may use, at most 4 GiB; on a GPU 90 % of what is free.
+    threads
+        Threads to compute with; by default one for each core this process may use.
+    drain_timeout
+        Seconds that running requests get to end after SIGTERM or Ctrl-C.
+    fake
+        Serve the checksum executor instead of a model: no torch, step times from a cost table.
+    decision_log
+        File for every decision of the scheduler; `hocket replay FILE` makes them again.
+    insecure
+        Allow an address other than loopback, although requests carry no key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "cpu"
+    served_model_name: str | None = None
+    max_model_len: int | None = None
+    max_num_running: int = 64
+    max_num_waiting: int = 512
+    max_num_batched_tokens: int = 512
+    kv_memory: str | None = None
+    threads: int | None = None
+    drain_timeout: float = 30.0
+    fake: bool = False
+    decision_log: Path | None = None
+    insecure: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Safe by default: loopback only, small bodies, a bounded queue."""
+
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    port: int = 8000
+    drain_timeout_s: float = 30.0
+    max_body_bytes: int = 1 << 20
+    max_num_choices: int = 8  # n
+    max_num_prompts: int = 64  # prompts in one completion request
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that one instance takes at a time, running and waiting."""
+        return self.engine.max_num_running + self.engine.max_num_waiting
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that `4GiB`, `500MB` or `123` say. Raises ValueError for anything else."""
+    units = {"": 1, "B": 1}
+    for power, letter in enumerate("KMGT", start=1):
+        units[f"{letter}IB"] = units[letter] = 1024**power
+        units[f"{letter}B"] = 1000**power
+    number = text.strip().upper()
+    digits = number.rstrip("BIKMGT ")
+    unit = number[len(digits) :].strip()
+    if unit not in units or not digits.replace(".", "", 1).isdecimal():
+        raise ValueError(f"{text!r} is not a size such as 4GiB or 500MB")
+    return int(float(digits) * units[unit])

@@ -1,0 +1,107 @@
+"""The errors that the shell shows to people. Owns their tree; never prints and never exits.
+
+Exception
+|-- UserError            a mistake or a lack that the operator can mend: cause, remedy
+`-- RequestError         what a client of the API is told: message, type, param, code, status
+    |-- InvalidRequest   400  the request itself is wrong
+    |   `-- ContextTooLong
+    |-- NotFound         404  no such model
+    |-- BodyTooLarge     413
+    |-- Unavailable      503  loading, draining or full: the same request may work later
+    `-- InstanceLost     500  the instance that ran the request failed
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class UserError(Exception):
+    """Something the user can mend; the command line prints it without a traceback.
+
+    `cause` is one line: what went wrong, with the names involved. `remedy` is one line: what to
+    do now. str() is the cause.
+    """
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        # Both go to args, so that the error survives pickling between processes.
+        super().__init__(cause, remedy)
+        self.cause = cause
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return self.cause
+
+
+class RequestError(Exception):
+    """What a client is told, as OpenAI's clients expect it; the HTTP status picks their class."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """Return the JSON body that OpenAI's API uses."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def headers(self) -> dict[str, str]:
+        return {}
+
+
+class InvalidRequest(RequestError):
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_value"
+
+
+class ContextTooLong(InvalidRequest):
+    """Clients such as LiteLLM know this case by the words `maximum context length is`."""
+
+    default_code = "context_length_exceeded"
+
+    def __init__(self, num_tokens: int, max_model_len: int, param: str) -> None:
+        super().__init__(
+            f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
+            f"has {num_tokens} tokens, which leaves no room for an answer. Please shorten it.",
+            param=param,
+        )
+
+
+class NotFound(RequestError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "model_not_found"
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+    type = "invalid_request_error"
+    default_code = "request_too_large"
+
+
+class Unavailable(RequestError):
+    status = 503
+    type = "server_error"
+    default_code = "unavailable"
+
+    def headers(self) -> dict[str, str]:
+        # OpenAI's clients wait as told, then try again.
+        return {"retry-after": "1", "retry-after-ms": "1000", "x-should-retry": "true"}
+
+
+class InstanceLost(RequestError):
+    status = 500
+    default_code = "instance_failed"

@@ -1,0 +1,31 @@
+"""The listening socket: which addresses are safe, and taking one before anything slow happens."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from serving.errors import UserError
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a bound socket, not listening yet. Raises UserError if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            "choose another with --port or --host",
+        ) from error
+    return listener

@@ -1,0 +1,59 @@
+"""The block that `hocket serve` prints when ready: what it serves, how much fits, what next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from engine.messages import Ready
+from serving.config import ServeConfig
+
+TYPICAL_TOKENS = 512  # prompt and answer of a short chat turn
+
+# What a start spends its time on, in order, with the words to show.
+PHASES = {
+    "import": "import",
+    "model": "model",
+    "weights": "weights",
+    "kv": "KV",
+    "warm_up": "warm-up",
+}
+
+
+def ready_block(config: ServeConfig, ready: Ready, seconds: Mapping[str, float]) -> str:
+    """Return the block; `seconds` holds the phases of the start and its `total`."""
+    engine, geometry = config.engine, ready.geometry
+    url = f"http://{config.host}:{config.port}"
+    num_typical = geometry.num_tokens // TYPICAL_TOKENS
+    kv_gib = geometry.num_blocks * geometry.block_bytes / (1 << 30)
+    body = json.dumps(
+        {
+            "model": ready.model_name,
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "temperature": 0,
+        }
+    )
+    phases = ", ".join(
+        f"{words} {seconds[name]:.2f}" for name, words in PHASES.items() if name in seconds
+    )
+    lines = [
+        ("Serving", f"{ready.model_name} ({ready.dtype}, {ready.device}) at {url}/v1"),
+        (
+            "Capacity",
+            f"{geometry.num_tokens:,} tokens of KV ({kv_gib:.2f} GiB): about {num_typical:,} "
+            f"requests of {TYPICAL_TOKENS} tokens",
+        ),
+        (
+            "Limits",
+            f"{ready.max_model_len:,} tokens a request, {engine.max_num_running} running, "
+            f"{engine.max_num_waiting} waiting, {engine.max_num_batched_tokens} tokens a step, "
+            f"body {config.max_body_bytes // 1024:,} KiB",
+        ),
+        ("Started in", f"{seconds['total']:.2f} s ({phases})"),
+        ("Metrics", f"{url}/metrics    Health: {url}/health    Ready: {url}/ready"),
+        ("Stop", "Ctrl-C lets running requests end; twice stops at once"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    block = "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
+    curl = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'"
+    return f"\nHocket is ready.\n\n{block}\n\nTry:\n\n  {curl}\n"

@@ -1,0 +1,115 @@
+"""From flags to a running server: checks them, finds the model, prints the ready block."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from engine.build import StartupTimes
+from engine.config import EngineConfig
+from serving.config import ServeConfig, ServeFlags, parse_bytes
+from serving.errors import UserError
+from serving.progress import TerminalProgress
+
+FAKE_MODEL_NAME = "fake"
+
+
+def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> None:
+    """Serve until a signal; exits with 1 if requests had to be cut off.
+
+    `started_at_s` is when the process began, on the clock of time.perf_counter. Raises UserError
+    for what the user can mend.
+    """
+    check_flags(flags)
+    with TerminalProgress() as progress:
+        times = StartupTimes(progress)
+        with times.phase("import", "importing"):
+            from serving.api.service import Service
+            from serving.listener import bind
+            from serving.server import serve
+
+        listener = bind(flags.host, flags.port)
+        name, folder = FAKE_MODEL_NAME, None
+        if not flags.fake:
+            with times.phase("model", "finding the model"):
+                name, folder = _find_model(model, progress)
+        config = make_config(flags, name, folder, port=listener.getsockname()[1])
+
+        def on_ready(service: Service) -> None:
+            from serving.ready import ready_block
+
+            times.seconds["total"] = time.perf_counter() - started_at_s
+            progress.close()
+            print(ready_block(config, service.ready, times.seconds), flush=True)  # noqa: T201
+
+        clean = asyncio.run(serve(config, listener, times, on_ready))
+    if not clean:
+        sys.exit(1)
+
+
+def check_flags(flags: ServeFlags) -> None:
+    """Raise UserError for values that cannot work, before anything slow happens."""
+    from serving.listener import is_loopback
+
+    if not is_loopback(flags.host) and not flags.insecure:
+        raise UserError(
+            f"{flags.host} is not a loopback address, and requests carry no key yet",
+            "listen on 127.0.0.1 behind a proxy that authenticates, or add --insecure",
+        )
+    for name in ("max_num_running", "max_num_batched_tokens", "max_model_len", "threads"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise UserError(f"{_flag(name)} {value} is too small", "it must be at least 1")
+    if flags.max_num_batched_tokens < flags.max_num_running:
+        raise UserError(
+            f"--max-num-batched-tokens {flags.max_num_batched_tokens} is less than "
+            f"--max-num-running {flags.max_num_running}, and each computes a token in every step",
+            "raise the first or lower the second",
+        )
+    for name in ("max_num_waiting", "drain_timeout"):
+        value = getattr(flags, name)
+        if not value >= 0:  # so that NaN is refused too
+            raise UserError(f"{_flag(name)} {value} makes no sense", "it must be 0 or more")
+    if flags.served_model_name == "":
+        raise UserError("--served-model-name is empty", "give a name, or leave it out")
+    if not 0 <= flags.port <= 65535:
+        raise UserError(f"--port {flags.port} is not a port", "choose 0 to 65535")
+
+
+def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int) -> ServeConfig:
+    """Return what the flags mean. Raises UserError for a size that cannot be read."""
+    try:
+        kv_memory_bytes = None if flags.kv_memory is None else parse_bytes(flags.kv_memory)
+    except ValueError as error:
+        raise UserError(f"--kv-memory: {error}", "write a number and a unit") from error
+    return ServeConfig(
+        engine=EngineConfig(
+            model_name=flags.served_model_name or name,
+            model_folder=folder,
+            dtype=flags.dtype,
+            device=flags.device,
+            num_threads=flags.threads,
+            kv_memory_bytes=kv_memory_bytes,
+            max_model_len=flags.max_model_len,
+            max_num_batched_tokens=flags.max_num_batched_tokens,
+            max_num_running=flags.max_num_running,
+            max_num_waiting=flags.max_num_waiting,
+            decision_log=flags.decision_log,
+        ),
+        host=flags.host,
+        port=port,
+        drain_timeout_s=flags.drain_timeout,
+    )
+
+
+def _find_model(model: str | None, progress: TerminalProgress) -> tuple[str, Path]:
+    from serving.store.local import resolve
+
+    stored = resolve(model, progress)
+    return stored.name, stored.path
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,1 @@
+"""Models on this machine: what is known, fetched, converted and kept."""

@@ -1,0 +1,57 @@
+"""Real servers on loopback for tests: the whole program, on a port of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+_STARTED = re.compile(r"Serving +(\S+) .* at (http://\S+)/v1")
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    process: subprocess.Popen[str]
+    url: str
+    model: str
+    block: str
+
+    def terminate(self) -> int:
+        """Send SIGTERM and return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=60)
+
+
+@contextlib.contextmanager
+def running_server(*args: str, env: dict[str, str] | None = None) -> Iterator[RunningServer]:
+    """Start `hocket serve ARGS` on a free port; yields when the ready block has been printed."""
+    command = [sys.executable, "-c", "from serving.cli import main; main()", "serve", "--port", "0"]
+    with subprocess.Popen(
+        [*command, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+    ) as process:
+        try:
+            block, started = "", None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for line in process.stdout:
+                block += line
+                started = started or _STARTED.search(line)
+                if line.startswith("    -d "):
+                    break
+            assert started, f"the server did not start:\n{block}{process.stderr.read()}"
+            yield RunningServer(process, started[2], started[1], block)
+        finally:
+            process.kill()
+            process.wait()

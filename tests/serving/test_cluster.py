@@ -1,0 +1,231 @@
+"""From the driver to an instance and back: the handle's contract, streams, and lost instances."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from engine.core import EngineCore
+from engine.messages import Abort, Failed, Ready, StepEvents, Stop, Submit
+from scheduler.cluster.scheduler import ClusterScheduler
+from scheduler.types import FinishReason, InstanceId, RequestId
+from serving.cluster import wire
+from serving.cluster.driver import ClusterDriver
+from serving.cluster.inproc import InProcessHandle
+from serving.cluster.streams import RequestStream
+from serving.errors import InstanceLost, Unavailable
+from serving.metrics import Metrics
+from serving.text.tokenizer import fake_codec
+from tests.factories import make_executor, make_geometry, make_scheduler, make_spec
+from tests.properties.law import solo
+
+CODEC = fake_codec()
+
+
+def build(emit, executor=None, **settings):
+    core = EngineCore(make_scheduler(**settings), executor or make_executor(), emit)
+    return core, Ready("m", "checksum", "none", 256, make_geometry())
+
+
+@pytest.fixture(params=[False, True], ids=["by reference", "through the wire"])
+def handle(request):
+    """Every handle keeps the same contract; each test below runs against all of them."""
+    return InProcessHandle(InstanceId("i0"), build, through_wire=request.param)
+
+
+async def until_finished(reports, *names):
+    def missing():
+        ended = {e.request_id for r in reports if isinstance(r, StepEvents) for e in r.finished}
+        return set(names) - ended
+
+    async with asyncio.timeout(20):
+        while missing():  # noqa: ASYNC110 (the reports come by themselves)
+            await asyncio.sleep(0)
+
+
+def tokens_of(reports, name):
+    return [e.token_id for r in reports for e in r.tokens if e.request_id == name]
+
+
+def test_a_handle_serves_and_reports_in_order(handle):
+    async def scenario():
+        reports = []
+        ready = await handle.start(reports.append)
+        assert ready.geometry == make_geometry()
+        specs = [make_spec(name, (1, 2, 3), max_tokens=20) for name in ("a", "b")]
+        for spec in specs:
+            handle.send(Submit(spec))
+        await until_finished(reports, "a", "b")
+        await handle.stop()
+        await handle.stop()
+        for spec in specs:
+            assert tokens_of(reports, spec.request_id) == solo(spec)[0]
+        steps = [report.view.num_steps for report in reports]
+        assert steps == sorted(steps)
+
+    asyncio.run(scenario())
+
+
+def test_a_handle_aborts(handle):
+    async def scenario():
+        reports = []
+        await handle.start(reports.append)
+        handle.send(Submit(make_spec("a", max_tokens=200)))
+        handle.send(Abort(RequestId("a")))
+        await until_finished(reports, "a")
+        await handle.stop()
+        (ended,) = [e for r in reports for e in r.finished]
+        assert ended.reason is FinishReason.ABORT
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_built_is_raised_at_the_start():
+    def fail(emit):
+        raise MemoryError("no room")
+
+    async def scenario():
+        with pytest.raises(MemoryError, match="no room"):
+            await InProcessHandle(InstanceId("i0"), fail).start(lambda report: None)
+
+    asyncio.run(scenario())
+
+
+class BreaksAtStep:
+    """A checksum executor that fails at one step, as a device that is lost does."""
+
+    def __init__(self, step_id):
+        self._executor = make_executor()
+        self._step_id = step_id
+
+    def submit(self, plan):
+        if plan.step_id == self._step_id:
+            raise RuntimeError("device lost")
+        self._executor.submit(plan)
+
+    def poll(self):
+        return self._executor.poll()
+
+    def close(self):
+        self._executor.close()
+
+
+async def start_driver(executor=None, max_requests=8):
+    driver = ClusterDriver(
+        ClusterScheduler(), CODEC, Metrics("m"), max_requests_per_instance=max_requests
+    )
+    handle = InProcessHandle(
+        InstanceId("i0"), lambda emit: build(emit, executor), through_wire=True
+    )
+    assert not driver.ready
+    await driver.start(handle)
+    assert driver.ready
+    return driver
+
+
+async def read(group):
+    return [delta async for delta in group.deltas()]
+
+
+def test_a_lost_instance_fails_its_requests_and_takes_no_more():
+    async def scenario():
+        driver = await start_driver(BreaksAtStep(3))
+        group = driver.submit([make_spec("a", max_tokens=20)], [])
+        with pytest.raises(InstanceLost):
+            await read(group)
+        assert not driver.ready
+        assert not driver.alive
+        with pytest.raises(Unavailable, match="no instance is up"):
+            driver.submit([make_spec("b")], [])
+        await driver.stop()
+
+    asyncio.run(scenario())
+
+
+def test_several_requests_are_taken_together_or_not_at_all():
+    async def scenario():
+        driver = await start_driver(max_requests=2)
+        specs = [make_spec(name, max_tokens=4) for name in ("a", "b", "c", "d", "e")]
+        with pytest.raises(Unavailable, match="full"):
+            driver.submit(specs[:3], [])
+        assert driver.ready
+        async with asyncio.timeout(20):  # the two that were taken back leave their places
+            while True:
+                try:
+                    group = driver.submit(specs[3:], [])
+                    break
+                except Unavailable:
+                    await asyncio.sleep(0)
+        deltas = await read(group)
+        assert {index for index, _ in deltas} == {0, 1}
+        assert await driver.drain(timeout_s=5)
+        await driver.stop()
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_driver_drains_at_once_and_refuses():
+    async def scenario():
+        driver = await start_driver()
+        assert await driver.drain(timeout_s=5)
+        with pytest.raises(Unavailable, match="shutting down"):
+            driver.submit([make_spec("a")], [])
+        await driver.stop()
+
+    asyncio.run(scenario())
+
+
+def make_stream(stops=(), **spec):
+    return RequestStream(make_spec("a", **spec), CODEC, stops, asyncio.Event())
+
+
+def test_tokens_beyond_a_stop_string_count_for_nothing():
+    stream = make_stream(stops=["BC"])
+    ids = CODEC.encode("ABCDE", add_special_tokens=False)
+    matched = [stream.deliver(index, token) for index, token in enumerate(ids[:3])]
+    assert matched == [False, False, True]
+    stream.finish(FinishReason.STOP)
+    assert not stream.deliver(3, ids[3])
+    delta = stream.take()
+    assert (delta.text, delta.finish_reason, stream.num_tokens) == ("A", FinishReason.STOP, 3)
+    assert stream.take() is None
+
+
+def test_a_lost_token_is_a_broken_invariant():
+    stream = make_stream()
+    stream.deliver(0, 5)
+    with pytest.raises(AssertionError, match="token 2, not 1"):
+        stream.deliver(2, 5)
+
+
+def test_the_end_token_has_no_text():
+    stream = make_stream(stop_token_ids=(34,))
+    stream.deliver(0, 33)
+    stream.deliver(1, 34)
+    stream.finish(FinishReason.STOP)
+    delta = stream.take()
+    assert (delta.text, delta.token_ids) == ("A", (33, 34))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xc1", msgspec.msgpack.encode(["Submit", 3]), msgspec.msgpack.encode(["No"])]
+)
+def test_bytes_that_are_no_message_are_refused(data):
+    with pytest.raises(msgspec.DecodeError):
+        wire.decode_command(data)
+
+
+@pytest.mark.parametrize(
+    "command", [Submit(make_spec("a", seed=2**63 - 1)), Abort(RequestId("a")), Stop()]
+)
+def test_commands_survive_the_wire(command):
+    assert wire.decode_command(wire.encode(command)) == command
+
+
+@pytest.mark.parametrize(
+    "report", [Failed("why"), Ready("m", "float32", "cpu", 256, make_geometry())]
+)
+def test_reports_survive_the_wire(report):
+    assert wire.decode_report(wire.encode(report)) == report

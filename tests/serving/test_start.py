@@ -1,0 +1,132 @@
+"""What is typed on the command line: checked early, and wrong input is one cause and one remedy."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from serving.config import ServeFlags, parse_bytes
+from serving.errors import UserError
+from serving.start import check_flags, make_config
+from tests.serving.servers import REPOSITORY
+from tests.tiny_gguf import write_tiny_gguf
+
+
+def hocket(*args: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from serving.cli import main; main()", *args]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=60,
+        check=False,
+        env={**os.environ, **({"XDG_CACHE_HOME": str(cache)} if cache else {})},
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (ServeFlags(host="0.0.0.0"), "not a loopback address"),
+        (ServeFlags(host="example.org"), "not a loopback address"),
+        (ServeFlags(max_num_running=0), "--max-num-running 0 is too small"),
+        (ServeFlags(max_num_running=8, max_num_batched_tokens=4), "is less than"),
+        (ServeFlags(port=70000), "--port 70000"),
+        (ServeFlags(max_num_waiting=-1), "--max-num-waiting -1"),
+        (ServeFlags(drain_timeout=-1.0), "--drain-timeout -1"),
+        (ServeFlags(drain_timeout=float("nan")), "--drain-timeout nan"),
+        (ServeFlags(served_model_name=""), "--served-model-name is empty"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags, cause):
+    with pytest.raises(UserError, match=cause) as error:
+        check_flags(flags)
+    assert error.value.remedy
+
+
+def test_other_addresses_need_a_word():
+    check_flags(ServeFlags(host="0.0.0.0", insecure=True))
+    check_flags(ServeFlags(host="::1"))
+    check_flags(ServeFlags(host="127.0.0.53"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4GiB", 4 << 30), ("500MB", 500_000_000), ("1.5g", 3 << 29), ("123", 123), ("2 KiB", 2048)],
+)
+def test_sizes_are_read(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "lots", "4GiBs", "-1GiB", "GiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(UserError, match="--kv-memory"):
+        make_config(ServeFlags(kv_memory=text), "m", Path(), port=1)
+
+
+def test_the_version_is_the_distributions():
+    assert hocket("--version").stdout.strip() == version("hocket")
+
+
+def test_the_defaults_are_safe():
+    config = make_config(ServeFlags(), "m", Path("x"), port=8000)
+    assert config.host == "127.0.0.1"
+    assert config.max_body_bytes == 1 << 20
+    assert config.max_requests == 64 + 512
+
+
+def test_a_port_in_use_is_one_cause_and_one_remedy():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = hocket("serve", "--fake", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    cause, remedy = done.stderr.splitlines()[-2:]
+    assert cause.startswith("hocket: cannot listen on 127.0.0.1:")
+    assert "--port" in remedy
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--fake", "--max-model-len", "1000000000000"], "not enough memory"),
+        (["{model}", "--kv-memory", "100TiB"], "not enough memory"),
+        (["{model}", "--kv-memory", "1"], "holds no block"),
+        (["{model}", "--device", "tpu"], "--device tpu is not supported"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_cause_and_one_remedy(tmp_path, flags, words):
+    write_tiny_gguf(tmp_path / "Tiny.gguf")
+    arguments = [flag.format(model=tmp_path / "Tiny.gguf") for flag in flags]
+    done = hocket("serve", *arguments, "--port", "0", cache=tmp_path / "cache")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    cause, remedy = done.stderr.splitlines()[-2:]
+    assert words in cause
+    assert remedy.strip()
+
+
+def test_an_unknown_model_is_one_cause_and_one_remedy():
+    done = hocket("serve", "smollm2", "--port", "0")
+    assert done.returncode == 1
+    cause, remedy = done.stderr.splitlines()[-2:]
+    assert "no model 'smollm2'" in cause
+    assert "smollm2-135m" in remedy
+
+
+def test_a_folder_that_is_no_model_is_one_cause_and_one_remedy(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    done = hocket("serve", str(tmp_path), "--port", "0")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()[-2:]) == 2

@@ -1,0 +1,90 @@
+"""Text while it arrives: whole characters, stop strings, and pieces that join to the whole."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from serving.errors import InvalidRequest
+from serving.text.chat import ChatTemplate
+from serving.text.detokenizer import Detokenizer, StopFilter
+from serving.text.tokenizer import FAKE_CHAT_TEMPLATE, FAKE_VOCAB_SIZE, fake_codec
+
+CODEC = fake_codec()
+
+
+def test_the_fake_tokenizer_round_trips_any_text():
+    text = "Héllo 🐦\n\ttabs, «quotes» and 漢字"
+    ids = CODEC.encode(text, add_special_tokens=False)
+    assert CODEC.decode(ids) == text
+    spoken = CODEC.decode(list(range(FAKE_VOCAB_SIZE)))
+    assert spoken == "".join(chr(code) for code in range(32, 127)), "96 ids: ASCII and the end"
+
+
+@given(st.text(max_size=40))
+@example("\u200d\ufffd\ufffd😟\ufffd\ufffd\ufffd🇪")
+@example("\ufffd" * 9 + "é")
+def test_pieces_are_whole_characters_and_join_to_the_text(text):
+    detokenizer = Detokenizer(CODEC)
+    pieces = [detokenizer.push((i,)) for i in CODEC.encode(text, add_special_tokens=False)]
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+    assert "".join(pieces) + detokenizer.finish() == text
+
+
+@given(st.binary(max_size=30))
+def test_broken_bytes_never_stall_the_stream(data):
+    table = {CODEC.encode(chr(b), add_special_tokens=False)[0]: b for b in range(128)}
+    detokenizer = Detokenizer(CODEC)
+    held = 0
+    for byte in data:
+        known = [token for token, value in table.items() if value == byte]
+        token = known[0] if known else CODEC.encode("é", add_special_tokens=False)[byte % 2]
+        held = 0 if detokenizer.push((token,)) else held + 1
+        assert held <= 4
+    detokenizer.finish()
+
+
+def cut(text, stops):
+    """The definition: everything before the earliest stop string."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(found)] if found else text
+
+
+@given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_cut_where_they_begin_however_the_text_is_split(text, stops):
+    rng = random.Random(text)
+    stop_filter = StopFilter(stops)
+    shown, at = "", 0
+    while at < len(text) and stop_filter.matched is None:
+        size = rng.randint(1, 3)
+        shown += stop_filter.push(text[at : at + size])
+        at += size
+    seen = text[:at]
+    if stop_filter.matched is None:
+        shown += stop_filter.finish()
+        assert shown == text == cut(text, stops)
+    else:
+        assert shown == cut(seen, stops)
+        assert stop_filter.push("more") == ""
+
+
+def test_what_may_become_a_stop_string_is_held_back():
+    stop_filter = StopFilter(["END"])
+    assert [stop_filter.push(piece) for piece in ("xE", "N", "zEN", "D!")] == ["x", "", "ENz", ""]
+    assert stop_filter.matched == "END"
+
+
+def test_the_template_renders_and_refuses():
+    template = ChatTemplate(FAKE_CHAT_TEMPLATE, {})
+    assert template.render([{"role": "user", "content": "hi"}]) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    refusing = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
+    with pytest.raises(InvalidRequest, match="roles must alternate"):
+        refusing.render([])
+    escaping = ChatTemplate("{{ messages.__class__.__mro__ }}", {})
+    with pytest.raises(InvalidRequest):
+        escaping.render([])
