@@ -6,7 +6,7 @@ group is a run of adjacent blocks, so a group is one contiguous range of bytes i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -47,7 +47,3 @@ class BlockTable:
                 self.num_blocks -= last.num_blocks
             self._groups.append(group)
             self.num_blocks += group.num_blocks
-
-    def block_ids(self) -> Iterator[int]:
-        for group in self._groups:
-            yield from range(group.start, group.end)

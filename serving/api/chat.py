@@ -49,10 +49,9 @@ def router(service: Service) -> APIRouter:
             return choice | ({"token_ids": delta.token_ids} if body.return_token_ids else {})
 
         if body.stream:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
             head["object"] = "chat.completion.chunk"
             return sse.event_stream(
-                answers.chunks(group, head, chunk, include_usage=include_usage),
+                answers.chunks(group, head, chunk, include_usage=body.wants_usage()),
                 on_close=partial(service.driver.cancel, group),
             )
         choices = await answers.collect(request, service.driver, group)

@@ -61,9 +61,8 @@ def router(service: Service) -> APIRouter:
             )
 
         if body.stream:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
             return sse.event_stream(
-                answers.chunks(group, head, chunk, include_usage=include_usage),
+                answers.chunks(group, head, chunk, include_usage=body.wants_usage()),
                 on_close=partial(service.driver.cancel, group),
             )
         choices = await answers.collect(request, service.driver, group)

@@ -50,6 +50,10 @@ class _Generation(BaseModel):
             return []
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
+    def wants_usage(self) -> bool:
+        """Whether a stream is to end with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
 
 class CompletionRequest(_Generation):
     """`prompt` is a text, token ids, or a list of either."""

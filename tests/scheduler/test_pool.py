@@ -62,7 +62,7 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, table: BlockTable) -> None:
         for group in table.groups:
             self.pool.release(group)
-        self.free.update(table.block_ids())
+            self.free.update(range(group.start, group.end))
 
     @invariant()
     def free_runs_are_the_free_blocks(self) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -489,17 +488,6 @@ def test_progress_on_a_terminal_shows_and_fills_bars() -> None:
 
 
 # --- the real model ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def real_model() -> Iterator[Path]:
-    """SmolLM2-135M-Instruct from the real store of this user."""
-    try:
-        yield resolve(None, NoProgress()).path
-    except UserError as error:
-        if "pip" not in error.cause:
-            raise
-        pytest.skip(f"{error.cause}; {error.remedy}")
 
 
 @pytest.mark.realmodel
