@@ -22,6 +22,9 @@ class InstanceConfig:
     max_num_running: int = 64
     max_num_waiting: int = 512  # beside those that may run; beyond it a request is refused
     policy: str = "fcfs"
+    max_num_preemptions: int = 3  # of one request; then it comes back with all its blocks for good
+    prefix_caching: bool = True
+    model_revision: str = ""  # prefixes computed by another model are other prefixes
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_batched_tokens", "max_num_running"):

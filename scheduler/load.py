@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KVCounters:
+    """What became of KV blocks; all but the first grow from the instance's start."""
+
+    num_idle_blocks: int = 0  # cached prefixes that nobody uses now
+    num_stolen_blocks: int = 0  # taken from the slack behind another request
+    num_evicted_blocks: int = 0
+    num_copied_blocks: int = 0
+    num_cleared_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceView:
     """The load of one instance at one moment; counters grow from its start."""
 
@@ -13,10 +24,12 @@ class InstanceView:
     num_waiting: int
     num_waiting_tokens: int  # known tokens of waiting requests, all to be computed
     num_blocks: int
-    num_free_blocks: int
+    num_free_blocks: int  # idle prefixes included, as they give way
     num_steps: int  # completed
     num_computed_tokens: int
     num_preemptions: int
+    num_failures: int = 0
+    kv: KVCounters = KVCounters()
 
     @property
     def kv_usage(self) -> float:

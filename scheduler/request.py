@@ -48,19 +48,31 @@ class Request:
     """
 
     __slots__ = (
+        "admission",
         "arrival_s",
+        "block_keys",
+        "born_step_id",
         "finish_reason",
         "ignore_through_step",
         "in_batch",
         "last_step_id",
+        "max_num_tokens",
+        "num_cached_tokens",
         "num_pending",
         "num_preemptions",
+        "num_published_blocks",
         "num_scheduled",
+        "num_scored_tokens",
+        "num_slots",
+        "num_tokens",
         "ordinal",
         "output_token_ids",
         "queue_s",
+        "rank",
         "spec",
         "state",
+        "tail_key",
+        "waits_for",
     )
 
     def __init__(self, spec: RequestSpec, ordinal: int, arrival_s: float) -> None:
@@ -69,9 +81,23 @@ class Request:
         self.arrival_s = arrival_s
         self.state = RequestState.WAITING
         self.output_token_ids: list[int] = []
+        # Known tokens: the prompt and what was produced so far.
+        self.num_tokens = len(spec.prompt_token_ids)
+        # Tokens that it can have computed in the end: the last one is sampled only.
+        self.max_num_tokens = len(spec.prompt_token_ids) + spec.params.max_tokens - 1
+        self.num_slots = 0  # tokens that its blocks have room for
+        self.rank = 0  # strictly before every larger one; given by the policy
+        self.admission = -1  # counts admissions at this instance
+        self.block_keys: list[bytes] = []  # of its full blocks, as far as they were asked for
+        self.tail_key: bytes | None = None  # of the prompt's tokens behind its last full block
+        self.waits_for: bytes | None = None  # a running request computes this prefix of it
+        self.num_published_blocks = 0
+        self.num_cached_tokens = 0  # of the prompt, when it was first admitted
+        self.num_scored_tokens = 0  # of the prompt, whose logprobs were reported
         self.num_scheduled = 0
         self.num_pending = 0
         self.num_preemptions = 0
+        self.born_step_id = 0  # no earlier step knows it; another may have had its id
         self.last_step_id = -1  # the last planned step that computes some of it
         self.ignore_through_step = -1  # what steps up to this one report is of a past life
         self.in_batch = False
@@ -83,14 +109,21 @@ class Request:
         return self.spec.request_id
 
     @property
-    def num_tokens(self) -> int:
-        """Known tokens: the prompt and what was produced so far."""
-        return len(self.spec.prompt_token_ids) + len(self.output_token_ids)
-
-    @property
     def num_to_compute(self) -> int:
         """Tokens that a next step could compute, those to be sampled by planned steps included."""
         return self.num_tokens + self.num_pending - self.num_scheduled
+
+    def append(self, token_id: int) -> None:
+        """A token that was sampled is known now."""
+        self.output_token_ids.append(token_id)
+        self.num_tokens += 1
+        self.num_pending -= 1
+
+    def tokens_between(self, start: int, end: int) -> tuple[int, ...]:
+        """Return the known tokens [start, end)."""
+        prompt = self.spec.prompt_token_ids
+        behind = self.output_token_ids[max(0, start - len(prompt)) : max(0, end - len(prompt))]
+        return (*prompt[start:end], *behind)
 
     @property
     def token_ids(self) -> tuple[int, ...]:

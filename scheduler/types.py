@@ -21,7 +21,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-sequence or stop token was produced
     LENGTH = "length"  # max_tokens were produced
     ABORT = "abort"  # the client gave up
-    ERROR = "error"  # the instance could not go on
+    ERROR = "error"  # this request, or its instance, could not go on
 
 
 class RejectReason(StrEnum):
@@ -35,12 +35,20 @@ class RejectReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens, in the order they apply: temperature, top_k, top_p, min_p.
+    """How to choose tokens.
 
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. The drawn
-    token depends only on (seed, choice, position) and the logits, so it is the same wherever and
-    with whomever the request runs. `stop_token_ids` end the request and include the model's own
-    end-of-sequence tokens unless the client asked to ignore them.
+    In this order: `allowed_token_ids` (empty: all), `bad_token_ids` (sequences that must not be
+    completed), `min_tokens` (before it no stop token), `logit_bias` ((token id, bias) pairs), the
+    penalties (repetition over prompt and output, frequency and presence over the output), then
+    `temperature` (0 is greedy), `min_p`, `top_k`, `top_p` (0, 0 and 1 switch the filter off).
+
+    The drawn token depends only on (seed, choice, position) and the logits, so it is the same
+    wherever and with whomever the request runs. `stop_token_ids` end the request and include the
+    model's own end-of-sequence tokens unless the client asked to ignore them.
+
+    `logprobs` asks for the log-probability of each output token and of so many of the likeliest,
+    `prompt_logprobs` for the same of each prompt token but the first; both are of the model's own
+    distribution, before any of the above.
     """
 
     max_tokens: int
@@ -51,16 +59,30 @@ class SamplingParams:
     seed: int = 0
     choice: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSpec:
-    """One generation to make: n > 1 choices are n requests that differ in `params.choice`."""
+    """One generation to make: n > 1 choices are n requests that differ in `params.choice`.
+
+    Requests share computed prefixes only with those of the same `tenant` and `cache_salt`.
+    """
 
     request_id: RequestId
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     tenant: str = "default"
+    cache_salt: str = ""
+    priority: int = 0  # smaller is earlier; used by the policy "priority" alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +99,36 @@ class KVGeometry:
         return self.num_blocks * self.block_size
 
 
+class Logprobs(NamedTuple):
+    """Of one position, natural logarithms: the token that is there, and the likeliest ones."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
+
+
+class PromptLogprobs(NamedTuple):
+    """Of prompt tokens `start`, `start` + 1, ...; the first token of a prompt has none."""
+
+    request_id: RequestId
+    start: int
+    positions: tuple[Logprobs, ...]
+
+
+class StartedEvent(NamedTuple):
+    """A request's first step is complete; comes once, before its first token."""
+
+    request_id: RequestId
+    queue_s: float  # from arrival at the instance to its first step
+    num_cached_tokens: int  # of the prompt, found computed already
+
+
 class TokenEvent(NamedTuple):
     """A request produced one token; `output_index` counts its output tokens from 0."""
 
     request_id: RequestId
     output_index: int
     token_id: int
+    logprobs: Logprobs | None = None
 
 
 class FinishedEvent(NamedTuple):
@@ -91,7 +137,7 @@ class FinishedEvent(NamedTuple):
     request_id: RequestId
     reason: FinishReason
     num_preemptions: int = 0
-    queue_s: float = 0.0  # from arrival at the instance to its first step
+    error: str = ""  # what went wrong, for FinishReason.ERROR
 
 
 class RejectedEvent(NamedTuple):
@@ -101,4 +147,4 @@ class RejectedEvent(NamedTuple):
     reason: RejectReason
 
 
-RequestEvent = TokenEvent | FinishedEvent | RejectedEvent
+RequestEvent = StartedEvent | PromptLogprobs | TokenEvent | FinishedEvent | RejectedEvent

@@ -24,9 +24,14 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The client of a request gave up."""
+    """A request is to end early.
+
+    Its client gave up; or, with `num_output_tokens`, its text was found complete after so many
+    output tokens.
+    """
 
     request_id: RequestId
+    num_output_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +81,11 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Tell the instance to drop the request."""
+    """Tell the instance to drop the request; `num_output_tokens` as in `Cancelled`."""
 
     request_id: RequestId
     instance_id: InstanceId
+    num_output_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import Any, assert_never
 
 from scheduler.cluster.dispatch import DISPATCH_POLICIES
 from scheduler.cluster.events import (
@@ -47,6 +47,9 @@ class ClusterScheduler:
     def num_instances(self) -> int:
         return len(self._num_assigned)
 
+    def is_up(self, instance_id: InstanceId) -> bool:
+        return instance_id in self._num_assigned
+
     def handle(self, event: ClusterEvent, now: float) -> list[ClusterAction]:  # noqa: ARG002
         """Return what to do about the event."""
         match event:
@@ -54,10 +57,8 @@ class ClusterScheduler:
                 return [self._arrive(spec)]
             case Ended(request_id):
                 self._unassign(request_id)
-            case Cancelled(request_id):
-                # The request stays assigned until the instance says that it ended.
-                instance_id = self._assigned.get(request_id)
-                return [] if instance_id is None else [Abort(request_id, instance_id)]
+            case Cancelled():
+                return self._cancel(event)
             case InstanceUp(instance_id, max_requests):
                 self._num_assigned[instance_id] = 0
                 self._max_requests[instance_id] = max_requests
@@ -74,6 +75,27 @@ class ClusterScheduler:
     def views(self) -> dict[InstanceId, InstanceView]:
         """Return the last report of each instance."""
         return dict(self._views)
+
+    def state(self) -> dict[str, Any]:
+        """Return what is decided so far as plain data for people, of no fixed form."""
+        return {
+            "draining": self._draining,
+            "instances": {
+                instance_id: {
+                    "num_assigned": count,
+                    "max_requests": self._max_requests[instance_id],
+                }
+                for instance_id, count in self._num_assigned.items()
+            },
+            "assigned": dict(self._assigned),
+        }
+
+    def _cancel(self, event: Cancelled) -> list[ClusterAction]:
+        # The request stays assigned until the instance says that it ended.
+        instance_id = self._assigned.get(event.request_id)
+        if instance_id is None:
+            return []
+        return [Abort(event.request_id, instance_id, event.num_output_tokens)]
 
     def _arrive(self, spec: RequestSpec) -> ClusterAction:
         if not self.accepts:

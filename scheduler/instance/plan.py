@@ -3,7 +3,8 @@
 A plan is a *delta* over the set of requests that compute. The executor keeps that set in persistent
 arrays; a plan names only what changes in it: leaves first, then joins, appends and chunks. A
 request that is in the set and has no chunk computes exactly one token, so a step in which 200
-requests merely decode is an empty plan.
+requests merely decode is an empty plan. Before anything is computed, blocks are cleared, then
+copied.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from scheduler.kv.blocks import BlockGroup
-from scheduler.types import RequestId, SamplingParams
+from scheduler.types import Logprobs, PromptLogprobs, RequestId, SamplingParams
 
 
 class Join(NamedTuple):
@@ -24,6 +25,7 @@ class Join(NamedTuple):
 
     request_id: RequestId
     token_ids: tuple[int, ...]
+    num_prompt_tokens: int
     num_computed_tokens: int
     groups: tuple[BlockGroup, ...]
     params: SamplingParams
@@ -34,6 +36,17 @@ class Append(NamedTuple):
 
     request_id: RequestId
     groups: tuple[BlockGroup, ...]
+
+
+class BlockCopy(NamedTuple):
+    """The first tokens of block `source` go to `target`: copy-on-write of what others hold.
+
+    Not the whole block: behind those tokens its owner may be writing, and may be failing.
+    """
+
+    source: int
+    target: int
+    num_tokens: int
 
 
 class Chunk(NamedTuple):
@@ -49,6 +62,8 @@ class StepPlan:
 
     step_id: int
     leaves: tuple[RequestId, ...] = ()
+    clears: tuple[BlockGroup, ...] = ()  # set to zero: a failed request wrote there
+    copies: tuple[BlockCopy, ...] = ()
     joins: tuple[Join, ...] = ()
     appends: tuple[Append, ...] = ()
     chunks: tuple[Chunk, ...] = ()
@@ -57,6 +72,14 @@ class StepPlan:
 class SampledToken(NamedTuple):
     request_id: RequestId
     token_id: int
+    logprobs: Logprobs | None = None
+
+
+class Failure(NamedTuple):
+    """A request whose computation failed; the rest of the step did not."""
+
+    request_id: RequestId
+    cause: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,4 +88,6 @@ class StepResult:
 
     step_id: int
     sampled: tuple[SampledToken, ...]
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    failures: tuple[Failure, ...] = ()
     duration_s: float = 0.0

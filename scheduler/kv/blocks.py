@@ -21,29 +21,45 @@ class BlockGroup(NamedTuple):
         return self.start + self.num_blocks
 
 
+def to_groups(blocks: Iterable[int]) -> tuple[BlockGroup, ...]:
+    """Merge blocks that follow each other, in the order given."""
+    groups: list[BlockGroup] = []
+    start = end = -1
+    for block in blocks:
+        if block != end:
+            if end > start:
+                groups.append(BlockGroup(start, end - start))
+            start = block
+        end = block + 1
+    if end > start:
+        groups.append(BlockGroup(start, end - start))
+    return tuple(groups)
+
+
 class BlockTable:
-    """The groups of one request in token order; adjacent groups are merged as they are added."""
+    """The blocks of one request in token order; it begins with those that were found."""
 
-    __slots__ = ("_groups", "num_blocks")
+    __slots__ = ("blocks", "num_found")
 
-    def __init__(self) -> None:
-        self._groups: list[BlockGroup] = []
-        self.num_blocks = 0
+    def __init__(self, found: Iterable[int] = ()) -> None:
+        self.blocks = list(found)
+        self.num_found = len(self.blocks)
+
+    @property
+    def has_own(self) -> bool:
+        """Whether its last block is its own, and so what is claimed behind it."""
+        return len(self.blocks) > self.num_found
 
     @property
     def groups(self) -> tuple[BlockGroup, ...]:
-        return tuple(self._groups)
+        """Return the blocks as groups; made anew, as only joins and dumps ask."""
+        return to_groups(self.blocks)
 
     @property
     def end(self) -> int | None:
         """The block after the last one, where the table could grow in place."""
-        return self._groups[-1].end if self._groups else None
+        return self.blocks[-1] + 1 if self.blocks else None
 
     def extend(self, groups: Iterable[BlockGroup]) -> None:
-        for group in groups:
-            if self._groups and self._groups[-1].end == group.start:
-                last = self._groups.pop()
-                group = BlockGroup(last.start, last.num_blocks + group.num_blocks)
-                self.num_blocks -= last.num_blocks
-            self._groups.append(group)
-            self.num_blocks += group.num_blocks
+        for start, num_blocks in groups:
+            self.blocks.extend(range(start, start + num_blocks))
