@@ -7,11 +7,12 @@ the fake instance starts without them.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from engine import machine
 from engine.batch import PersistentBatch
@@ -21,6 +22,7 @@ from engine.decision_log import RecordingScheduler
 from engine.executor import Executor
 from engine.fake import ChecksumExecutor
 from engine.messages import Ready, Report
+from engine.models.errors import NotReproducible
 from scheduler.config import InstanceConfig
 from scheduler.costs import LinearStepCost
 from scheduler.instance.plan import Chunk, Join, StepPlan
@@ -28,8 +30,15 @@ from scheduler.instance.scheduler import InstanceScheduler
 from scheduler.kv.blocks import BlockGroup
 from scheduler.types import KVGeometry, RequestId, SamplingParams
 
+if TYPE_CHECKING:
+    from engine.attention.protocol import AttentionBackend
+    from engine.kv.cache import KVCache
+    from engine.models.kernels import Kernels
+    from engine.models.slices import DenseSlices
+
 _FAKE_MAX_MODEL_LEN = 8192
 _FAKE_NUM_BLOCKS = 16_384
+_REVISION_SAMPLE_BYTES = 1 << 20
 # Round numbers of no particular machine, between a small model on a CPU and a large one on a GPU;
 # `python -m tests.bench.step_cost` fits those of the machine that it runs on.
 FAKE_COST = LinearStepCost(
@@ -88,6 +97,8 @@ def build_engine(
             executor, ready = _build_fake(config)
         else:
             executor, ready = _build_real(config, times)
+    except NotReproducible as error:
+        raise CannotStart(error.cause, error.remedy) from error
     except (MemoryError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
@@ -105,18 +116,40 @@ def _scheduler(config: EngineConfig, ready: Ready) -> StepScheduler:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_running=config.max_num_running,
         max_num_waiting=config.max_num_waiting,
+        policy=config.policy,
+        prefix_caching=config.prefix_caching,
+        model_revision=_model_revision(config, ready),
     )
     if config.decision_log is None:
         return InstanceScheduler(settings, ready.geometry)
     try:
         # Unbuffered: what a killed process decided is what its log is read for.
-        file = config.decision_log.open("wb", buffering=0)
+        # Never over an old one: it may be the log of the crash that is to be understood.
+        file = config.decision_log.open("xb", buffering=0)
+        return RecordingScheduler(settings, ready.geometry, file)
     except OSError as error:
         raise CannotStart(
             f"the decision log {config.decision_log} cannot be written: {error.strerror}",
             "name another file with --decision-log",
         ) from error
-    return RecordingScheduler(settings, ready.geometry, file)
+
+
+def _model_revision(config: EngineConfig, ready: Ready) -> str:
+    """Return what tells this model's keys and values from those of others.
+
+    Reading all weights would double the time to start: the config, and of each weight file its
+    size, head and tail stand for them. Two models that differ in nothing of these are the same.
+    """
+    digest = hashlib.sha256(f"{ready.dtype} {config.batch_invariant}".encode())
+    if config.model_folder is not None:
+        digest.update((config.model_folder / "config.json").read_bytes())
+        for path in sorted(config.model_folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                head = file.read(_REVISION_SAMPLE_BYTES)
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _REVISION_SAMPLE_BYTES))
+                digest.update(f"{path.name} {size}".encode() + head + file.read())
+    return digest.hexdigest()
 
 
 def _build_fake(config: EngineConfig) -> tuple[Executor, Ready]:
@@ -143,7 +176,6 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
     with times.phase("import", "importing torch"):
         import torch
 
-        from engine.attention.reference import ReferenceAttention
         from engine.executors.sequential import SequentialExecutor
         from engine.kv.cache import KVCache, kv_geometry
         from engine.models.registry import load_model
@@ -159,7 +191,11 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
     _check_memory(config)
     with times.phase("weights", "reading weights"):
         model = load_model(
-            config.model_folder, config.dtype, config.device, lambda done, _: times.advance(done)
+            config.model_folder,
+            config.dtype,
+            config.device,
+            lambda done, _: times.advance(done),
+            _kernels(config),
         )
     shape = model.shape
     with times.phase("kv", "making KV memory"):
@@ -180,14 +216,37 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
     max_model_len = min(
         config.max_model_len or shape.max_model_len, shape.max_model_len, geometry.num_tokens
     )
-    attention = ReferenceAttention(cache, shape.device)
+    attention = _attention(config, model, cache, times)
     batch = PersistentBatch(config.max_num_running, max_model_len, BLOCK_SIZE)
     with times.phase("warm_up", "warming up"):
         scratch = PersistentBatch(1, BLOCK_SIZE, BLOCK_SIZE)
-        _warm_up(SequentialExecutor(model, attention, scratch))
-    executor = SequentialExecutor(model, attention, batch)
+        _warm_up(SequentialExecutor(model, attention, cache, scratch), cache.scratch_block)
+    executor = SequentialExecutor(model, attention, cache, batch)
     dtype = str(shape.dtype).removeprefix("torch.")
     return executor, Ready(config.model_name, dtype, str(shape.device), max_model_len, geometry)
+
+
+def _kernels(config: EngineConfig) -> Kernels:
+    import torch
+
+    from engine.models.invariant import invariant_kernels
+    from engine.models.kernels import DEFAULT
+
+    return invariant_kernels(torch.device(config.device)) if config.batch_invariant else DEFAULT
+
+
+def _attention(
+    config: EngineConfig, model: DenseSlices, cache: KVCache, times: StartupTimes
+) -> AttentionBackend:
+    from engine.attention.invariant import InvariantAttention
+    from engine.attention.reference import ReferenceAttention
+    from engine.models.invariant import meet_weights
+
+    if not config.batch_invariant:
+        return ReferenceAttention(cache, model.shape.device)
+    with times.phase("kernels", "proving kernels"):
+        meet_weights(model)
+        return InvariantAttention(cache, model.shape)
 
 
 def _check_memory(config: EngineConfig) -> None:
@@ -203,11 +262,11 @@ def _check_memory(config: EngineConfig) -> None:
         )
 
 
-def _warm_up(executor: Executor) -> None:
-    """Run a chunk and a single token in block 0, so that no request pays for first calls."""
+def _warm_up(executor: Executor, block: int) -> None:
+    """Run a chunk and a single token in a block of nobody; no request pays for first calls."""
     request_id, token_ids = RequestId("warm-up"), (0,) * (BLOCK_SIZE - 2)
     params = SamplingParams(max_tokens=2, temperature=1.0, top_p=0.9)
-    join = Join(request_id, token_ids, 0, (BlockGroup(0, 1),), params)
+    join = Join(request_id, token_ids, len(token_ids), 0, (BlockGroup(block, 1),), params)
     for plan in (
         StepPlan(step_id=0, joins=(join,), chunks=(Chunk(request_id, len(token_ids)),)),
         StepPlan(step_id=1),

@@ -23,5 +23,8 @@ class EngineConfig:
     max_num_running: int = 64
     max_num_waiting: int = 512
     depth: int = 1  # steps in flight
+    policy: str = "fcfs"
+    prefix_caching: bool = True
+    batch_invariant: bool = False
     decision_log: Path | None = None
     fake_vocab_size: int = 96

@@ -10,19 +10,31 @@ import time
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.executor import Executor
-from engine.messages import Abort, Command, Failed, Report, StepEvents, Stop, Submit
+from engine.messages import (
+    Abort,
+    Command,
+    Failed,
+    Inspect,
+    Inspected,
+    Report,
+    StepEvents,
+    Stop,
+    Submit,
+)
 from scheduler.instance.plan import StepPlan, StepResult
 from scheduler.load import InstanceView
 from scheduler.request import InvariantError
 from scheduler.types import (
     FinishedEvent,
+    PromptLogprobs,
     RejectedEvent,
     RequestEvent,
     RequestId,
     RequestSpec,
+    StartedEvent,
     TokenEvent,
 )
 
@@ -31,10 +43,14 @@ class StepScheduler(Protocol):
     """What the loop asks of a scheduler: `InstanceScheduler`, or one that writes it down."""
 
     def add(self, spec: RequestSpec, now: float) -> RejectedEvent | None: ...
-    def abort(self, request_id: RequestId) -> FinishedEvent | None: ...
+    def abort(
+        self, request_id: RequestId, num_output_tokens: int | None = None
+    ) -> FinishedEvent | None: ...
     def plan_step(self, now: float) -> StepPlan | None: ...
     def complete_step(self, result: StepResult) -> list[RequestEvent]: ...
+    def check_idle(self) -> None: ...
     def view(self) -> InstanceView: ...
+    def state(self) -> dict[str, Any]: ...
 
     @property
     def has_work(self) -> bool: ...
@@ -79,7 +95,10 @@ class EngineCore:
 
         Waits only when there is nothing to do: for a command when idle, else for a step.
         """
-        events = self._take_commands(wait=not self._in_flight and not self._scheduler.has_work)
+        idle = not self._in_flight and not self._scheduler.has_work
+        if idle:
+            self._scheduler.check_idle()
+        events = self._take_commands(wait=idle)
         result: StepResult | None = None
         while len(self._in_flight) < self._depth:
             plan = self._scheduler.plan_step(self._clock())
@@ -111,8 +130,10 @@ class EngineCore:
         match command:
             case Submit(spec):
                 event = self._scheduler.add(spec, self._clock())
-            case Abort(request_id):
-                event = self._scheduler.abort(request_id)
+            case Abort(request_id, num_output_tokens):
+                event = self._scheduler.abort(request_id, num_output_tokens)
+            case Inspect(number):
+                self._emit(Inspected(number, self._scheduler.state()))
             case Stop():
                 self._stopping = True
         if event is not None:
@@ -121,6 +142,8 @@ class EngineCore:
     def _report(self, events: list[RequestEvent], step_s: float) -> None:
         self._emit(
             StepEvents(
+                started=[event for event in events if isinstance(event, StartedEvent)],
+                prompt_logprobs=[event for event in events if isinstance(event, PromptLogprobs)],
                 tokens=[event for event in events if isinstance(event, TokenEvent)],
                 finished=[event for event in events if isinstance(event, FinishedEvent)],
                 rejected=[event for event in events if isinstance(event, RejectedEvent)],

@@ -7,9 +7,10 @@ production is a test.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -25,6 +26,9 @@ from scheduler.types import (
     RequestId,
     RequestSpec,
 )
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class _Line(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -46,6 +50,7 @@ class Added(_Line, frozen=True):
 
 class Aborted(_Line, frozen=True):
     request_id: RequestId
+    num_output_tokens: int | None
     answer: msgspec.Raw
 
 
@@ -65,42 +70,69 @@ _decoder: msgspec.json.Decoder[_Entry] = msgspec.json.Decoder(_Entry)
 
 
 class RecordingScheduler:
-    """An instance scheduler that writes down what it is asked and answers."""
+    """An instance scheduler that writes down what it is asked and answers.
+
+    Making it writes the first line; raises OSError if that cannot be done.
+    """
 
     def __init__(self, config: InstanceConfig, geometry: KVGeometry, file: BinaryIO) -> None:
         self._inner = InstanceScheduler(config, geometry)
-        self._file = file
-        self._write(Begun(config, geometry))
+        self._file: BinaryIO | None = file
+        file.write(_encoder.encode(Begun(config, geometry)) + b"\n")
 
     def add(self, spec: RequestSpec, now: float) -> RejectedEvent | None:
-        answer = self._inner.add(spec, now)
-        self._write(Added(now, spec, _raw(answer)))
-        return answer
+        return self._record(
+            lambda: self._inner.add(spec, now), lambda answer: Added(now, spec, answer)
+        )
 
-    def abort(self, request_id: RequestId) -> FinishedEvent | None:
-        answer = self._inner.abort(request_id)
-        self._write(Aborted(request_id, _raw(answer)))
-        return answer
+    def abort(
+        self, request_id: RequestId, num_output_tokens: int | None = None
+    ) -> FinishedEvent | None:
+        return self._record(
+            lambda: self._inner.abort(request_id, num_output_tokens),
+            lambda answer: Aborted(request_id, num_output_tokens, answer),
+        )
 
     def plan_step(self, now: float) -> StepPlan | None:
-        answer = self._inner.plan_step(now)
-        self._write(Planned(now, _raw(answer)))
-        return answer
+        return self._record(lambda: self._inner.plan_step(now), lambda answer: Planned(now, answer))
 
     def complete_step(self, result: StepResult) -> list[RequestEvent]:
-        answer = self._inner.complete_step(result)
-        self._write(Completed(result, _raw(answer)))
-        return answer
+        return self._record(
+            lambda: self._inner.complete_step(result), lambda answer: Completed(result, answer)
+        )
+
+    def check_idle(self) -> None:
+        self._inner.check_idle()
 
     def view(self) -> InstanceView:
         return self._inner.view()
+
+    def state(self) -> dict[str, Any]:
+        return self._inner.state()
 
     @property
     def has_work(self) -> bool:
         return self._inner.has_work
 
+    def _record(self, ask: Callable[[], T], entry: Callable[[msgspec.Raw], _Entry]) -> T:
+        """Ask, and write down the answer; what raises is an answer too, and the last one."""
+        try:
+            answer = ask()
+        except Exception as error:
+            self._write(entry(_raw(_raised(error))))
+            raise
+        self._write(entry(_raw(answer)))
+        return answer
+
     def _write(self, entry: _Entry) -> None:
-        self._file.write(_encoder.encode(entry) + b"\n")
+        """A log that cannot be written any more ends; the instance goes on without."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(_encoder.encode(entry) + b"\n")
+        except OSError as error:
+            log.error("the decision log ends here, it cannot be written: %s", error)
+            self._file = None
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -115,7 +147,8 @@ class Difference(msgspec.Struct, frozen=True):
 def replay(path: Path) -> Iterator[Difference | None]:
     """Yield, for each decision of the log, None if it is made again the same, else the difference.
 
-    Raises ValueError for a file that is no decision log. A last line that was cut off, as by a
+    Ends where a decision raises, as it may when it is made from another state than the recorded
+    one. Raises ValueError for a file that is no decision log. A last line that was cut off, as by a
     process that was killed, is left out.
     """
     with path.open("rb") as file:
@@ -130,26 +163,34 @@ def replay(path: Path) -> Iterator[Difference | None]:
     scheduler = InstanceScheduler(begun.config, begun.geometry)
     for number, line in enumerate(lines[1:], start=2):
         entry = _decoder.decode(line)
-        assert not isinstance(entry, Begun)
-        replayed = _encoder.encode(_ask(scheduler, entry))
-        recorded = bytes(entry.answer)
-        asked = type(entry).__name__
+        if isinstance(entry, Begun):
+            raise ValueError(f"line {number} begins another log")
+        ended = False
+        try:
+            answer = _ask(scheduler, entry)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is the answer)
+            answer, ended = _raised(error), True
+        replayed, recorded = _encoder.encode(answer), bytes(entry.answer)
         same = replayed == recorded
-        yield None if same else Difference(number, asked, recorded, replayed)
+        yield None if same else Difference(number, type(entry).__name__, recorded, replayed)
+        if ended:
+            return
 
 
-def _ask(scheduler: InstanceScheduler, entry: _Entry) -> object:
+def _ask(scheduler: InstanceScheduler, entry: Added | Aborted | Planned | Completed) -> object:
     match entry:
         case Added(now, spec):
             return scheduler.add(spec, now)
-        case Aborted(request_id):
-            return scheduler.abort(request_id)
+        case Aborted(request_id, num_output_tokens):
+            return scheduler.abort(request_id, num_output_tokens)
         case Planned(now):
             return scheduler.plan_step(now)
         case Completed(result):
             return scheduler.complete_step(result)
-        case Begun():
-            raise ValueError("a decision log begins once")
+
+
+def _raised(error: Exception) -> dict[str, str]:
+    return {"raised": f"{type(error).__name__}: {error}"}
 
 
 def _raw(value: object) -> msgspec.Raw:

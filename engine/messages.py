@@ -5,15 +5,19 @@ The same values travel in process and over a socket. All that one step caused is
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from scheduler.load import InstanceView
 from scheduler.types import (
     FinishedEvent,
     KVGeometry,
+    PromptLogprobs,
     RejectedEvent,
     RequestId,
     RequestSpec,
+    StartedEvent,
     TokenEvent,
 )
 
@@ -29,21 +33,34 @@ class Submit(_Message, frozen=True):
 
 
 class Abort(_Message, frozen=True):
-    """Drop this request; it ends with a FinishedEvent unless it has ended already."""
+    """Drop this request; it ends with a FinishedEvent unless it has ended already.
+
+    With `num_output_tokens`, what it computed beyond so many output tokens was for nobody (a stop
+    string was found in the text) and is not kept as a prefix for others.
+    """
 
     request_id: RequestId
+    num_output_tokens: int | None = None
+
+
+class Inspect(_Message, frozen=True):
+    """Report the state of the scheduler, as `Inspected` with the same number."""
+
+    number: int
 
 
 class Stop(_Message, frozen=True):
     """End the loop now; requests that still run are not reported."""
 
 
-Command = Submit | Abort | Stop
+Command = Submit | Abort | Inspect | Stop
 
 
 class StepEvents(_Message, frozen=True):
-    """All that happened in one turn of the loop. Tokens come before the ends they lead to."""
+    """All that happened in one turn of the loop, in the order in which it is to be handled."""
 
+    started: list[StartedEvent]
+    prompt_logprobs: list[PromptLogprobs]
     tokens: list[TokenEvent]
     finished: list[FinishedEvent]
     rejected: list[RejectedEvent]
@@ -61,10 +78,17 @@ class Ready(_Message, frozen=True):
     geometry: KVGeometry
 
 
+class Inspected(_Message, frozen=True):
+    """What the scheduler holds: plain data for people, of no fixed form. No token of a request."""
+
+    number: int
+    state: dict[str, Any]
+
+
 class Failed(_Message, frozen=True):
     """The instance ended for a reason it cannot mend; all its requests are lost."""
 
     cause: str
 
 
-Report = StepEvents | Ready | Failed
+Report = StepEvents | Inspected | Ready | Failed

@@ -34,7 +34,7 @@ from engine.philox import uniform_bits
 # Below this a row is greedy (vLLM's _SAMPLING_EPS): the division would only make infinities.
 GREEDY_BELOW = 1e-5
 # Odds of 1 in fixed point, units of 2^-40: a vocabulary of 2^18 tokens sums to 2^58 at most.
-_FIXED_POINT_ONE = float(1 << 40)
+FIXED_POINT_ONE = float(1 << 40)
 # A rank of 31 bits is searched in digits of 9, 11 and 11 bits: histograms of 16 KiB a row.
 _DIGIT_SHIFTS = (22, 11, 0)
 _DIGIT_MASK = (1 << 11) - 1
@@ -107,14 +107,19 @@ def sample(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
         token_ids_S = _first_argmax(logits_SV.float())
     else:
         token_ids_S = torch.empty(num_rows, dtype=torch.int64, device=logits_SV.device)
-    slab_elements = _SLAB_ELEMENTS_CPU if logits_SV.device.type == "cpu" else _SLAB_ELEMENTS_GPU
-    slab_rows = max(1, slab_elements // max(vocab_size, _DIGIT_MASK + 1))
-    for start in range(0, num_sampled, slab_rows):
-        slab_R = rows.sampled_rows[start : start + slab_rows]
+    slab = slab_rows(max(vocab_size, _DIGIT_MASK + 1), logits_SV.device)
+    for start in range(0, num_sampled, slab):
+        slab_R = rows.sampled_rows[start : start + slab]
         num_filtered = min(max(rows.num_filtered - start, 0), slab_R.shape[0])
         token_ids_R = _sample_slab(logits_SV, rows, slab_R, num_filtered)
         token_ids_S.index_copy_(0, slab_R, token_ids_R)
     return token_ids_S
+
+
+def slab_rows(row_elements: int, device: torch.device) -> int:
+    """How many rows of int64 temporaries to have at once; at least one."""
+    slab_elements = _SLAB_ELEMENTS_CPU if device.type == "cpu" else _SLAB_ELEMENTS_GPU
+    return max(1, slab_elements // row_elements)
 
 
 def _sample_slab(
@@ -174,7 +179,7 @@ def _filter(scores_FV: Tensor, rows: SamplingRows, slab_F: Tensor) -> None:
         keep_FV &= _head(rank_FV, count_FV, top_k_F1) | (top_k_F1 <= 0)
     if rows.any_top_p:
         top_p_F1 = rows.top_p_S[slab_F].unsqueeze(1)
-        mass_FV = (odds_FV * _FIXED_POINT_ONE).to(torch.int64).mul_(keep_FV)
+        mass_FV = (odds_FV * FIXED_POINT_ONE).to(torch.int64).mul_(keep_FV)
         target_F1 = (mass_FV.sum(dim=1, keepdim=True) * top_p_F1.double()).ceil_().to(torch.int64)
         keep_FV &= _head(rank_FV, mass_FV, target_F1) | (top_p_F1 >= 1.0)
     scores_FV.masked_fill_(keep_FV.logical_not_(), float("-inf"))

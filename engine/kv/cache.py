@@ -7,11 +7,14 @@ bytes, so a swap or a migration of a group is one copy; attention sees a strided
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from engine.models.slices import ModelShape
+from scheduler.instance.plan import BlockCopy
+from scheduler.kv.blocks import BlockGroup
 from scheduler.types import KVGeometry
 
 
@@ -24,13 +27,18 @@ def kv_geometry(shape: ModelShape, block_size: int, num_bytes: int) -> KVGeometr
 
 
 class KVCache:
-    """Owns the tensor; who may write which block is decided by the plans."""
+    """Owns the tensor; who may write which block is decided by the plans.
+
+    One block more than the geometry says: `scratch_block` is no request's, for computing what
+    nobody asked for.
+    """
 
     def __init__(self, shape: ModelShape, geometry: KVGeometry) -> None:
         self.geometry = geometry
+        self.scratch_block = geometry.num_blocks
         self._kv = _zeros(
             (
-                geometry.num_blocks,
+                geometry.num_blocks + 1,
                 shape.num_layers,
                 2,
                 shape.num_kv_heads,
@@ -40,6 +48,16 @@ class KVCache:
             shape.dtype,
             shape.device,
         )
+
+    def clear(self, groups: Sequence[BlockGroup]) -> None:
+        """Set blocks to zero."""
+        for start, num_blocks in groups:
+            self._kv[start : start + num_blocks].zero_()
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy the first tokens of blocks, in order."""
+        for source, target, num_tokens in copies:
+            self._kv[target, ..., :num_tokens, :] = self._kv[source, ..., :num_tokens, :]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return views of the keys and the values, each [block, kv_head, slot, head_dim]."""

@@ -1,4 +1,4 @@
-"""What a model file that cannot be used raises. Owns that one error; never catches or prints it."""
+"""What a model file, or a machine, that cannot be used raises. Never catches or prints it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ class ModelFormatError(Exception):
 
     def __init__(self, cause: str, remedy: str) -> None:
         # Both go to args, so that the error survives pickling between processes.
+        super().__init__(cause, remedy)
+        self.cause = cause
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return self.cause
+
+
+class NotReproducible(Exception):
+    """This machine's kernels cannot keep the promise of the batch-invariant mode.
+
+    `cause` and `remedy` are a line each, shown to the user as they are.
+    """
+
+    def __init__(self, cause: str, remedy: str) -> None:
         super().__init__(cause, remedy)
         self.cause = cause
         self.remedy = remedy

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.errors import ModelFormatError
+from engine.models.kernels import DEFAULT, Kernels
 from engine.models.layers import rope_frequencies, rotate
 from engine.models.slices import Carry, ModelShape, Projected
 from engine.models.weights import Checkpoint
@@ -100,6 +101,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     on_layer: Callable[[int, int], None],
+    kernels: Kernels = DEFAULT,
 ) -> LlamaSlices:
     """Read the weights; q, k and v become one matrix, gate and up another."""
     c = LlamaConfig.parse(config)
@@ -134,15 +136,16 @@ def load(
     checkpoint.finish(
         unused=lambda name: "rotary_emb.inv_freq" in name or (c.tied and name == "lm_head.weight")
     )
-    return LlamaSlices(c, weights)
+    return LlamaSlices(c, weights, kernels)
 
 
 class LlamaSlices:
     """See `engine.models.slices`."""
 
-    def __init__(self, config: LlamaConfig, weights: _Weights) -> None:
+    def __init__(self, config: LlamaConfig, weights: _Weights, kernels: Kernels) -> None:
         self._config = config
         self._weights = weights
+        self._linear, self._silu = kernels.linear, kernels.silu
         table = weights.embedding_VE
         self._frequency_P = rope_frequencies(config.head_dim, config.rope).to(table.device)
         self.shape = ModelShape(
@@ -176,13 +179,13 @@ class LlamaSlices:
         residual_SE = self._finish(
             self.shape.num_layers - 1, carry.residual_TE[tokens_S], attended_THD[tokens_S]
         )
-        return F.linear(self._norm(residual_SE, self._weights.norm_E), self._weights.head_VE)
+        return self._linear(self._norm(residual_SE, self._weights.norm_E), self._weights.head_VE)
 
     def _project(self, layer: int, carry: Carry) -> Projected:
         """Norm, q, k, v, RoPE."""
         shape, weights = self.shape, self._weights.layers[layer]
         hidden_TE = self._norm(carry.residual_TE, weights.attention_norm_E)
-        qkv_TQD = F.linear(hidden_TE, weights.qkv_QE).view(len(hidden_TE), -1, shape.head_dim)
+        qkv_TQD = self._linear(hidden_TE, weights.qkv_QE).view(len(hidden_TE), -1, shape.head_dim)
         qk_TID, v_TGD = torch.split(
             qkv_TQD, [shape.num_heads + shape.num_kv_heads, shape.num_kv_heads], dim=1
         )
@@ -193,10 +196,10 @@ class LlamaSlices:
     def _finish(self, layer: int, residual_TE: Tensor, attended_THD: Tensor) -> Tensor:
         """Output projection and MLP of a layer, each added to the residual stream."""
         weights = self._weights.layers[layer]
-        residual_TE = residual_TE + F.linear(attended_THD.flatten(1), weights.out_EX)
+        residual_TE = residual_TE + self._linear(attended_THD.flatten(1), weights.out_EX)
         hidden_TE = self._norm(residual_TE, weights.mlp_norm_E)
-        gate_TF, up_TF = F.linear(hidden_TE, weights.gate_up_2FE).chunk(2, dim=-1)
-        return residual_TE + F.linear(F.silu(gate_TF) * up_TF, weights.down_EF)
+        gate_TF, up_TF = self._linear(hidden_TE, weights.gate_up_2FE).chunk(2, dim=-1)
+        return residual_TE + self._linear(self._silu(gate_TF) * up_TF, weights.down_EF)
 
     def _norm(self, x_TE: Tensor, weight_E: Tensor) -> Tensor:
         return F.rms_norm(x_TE, weight_E.shape, weight_E, self._config.norm_eps)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from engine.models.errors import ModelFormatError
+from engine.models.kernels import DEFAULT, Kernels
 from engine.models.slices import DenseSlices
 from engine.models.weights import Checkpoint
 
-# architecture in config.json -> module:function(config, checkpoint, dtype, device, on_layer)
+# architecture in config.json -> module:function(config, checkpoint, dtype, device, on_layer,
+# kernels)
 ARCHITECTURES = {"LlamaForCausalLM": "engine.models.llama:load"}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,6 +56,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     on_layer: Callable[[int, int], None] = lambda _done, _total: None,
+    kernels: Kernels = DEFAULT,
 ) -> DenseSlices:
     """Read the model in `folder`; `on_layer(done, total)` reports progress.
 
@@ -73,6 +76,11 @@ def load_model(
     load = getattr(import_module(module_name), function)
     with torch.inference_mode():
         slices: DenseSlices = load(
-            config, Checkpoint(folder), resolve_dtype(dtype, config, where), where, on_layer
+            config,
+            Checkpoint(folder),
+            resolve_dtype(dtype, config, where),
+            where,
+            on_layer,
+            kernels,
         )
     return slices
