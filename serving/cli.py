@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -78,6 +78,60 @@ def replay(file: Path, /) -> None:
     from serving.replay import report
 
     sys.exit(0 if report(file) else 1)
+
+
+bench = App(name="bench", help="Measure this machine; reports, never a verdict.")
+app.command(bench)
+
+
+@bench.command(name="invariant")
+def bench_invariant(
+    model: str | None = None,
+    /,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    batch: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 32),
+    context: int = 256,
+    chunk: int = 512,
+    rounds: int = 10,
+    seed: int = 0,
+) -> None:
+    """What --batch-invariant costs a step: both modes in turn, on this CPU.
+
+    Parameters
+    ----------
+    model
+        As for `hocket serve`.
+    batch
+        Requests that decode together, one measurement for each number.
+    context
+        Tokens that each request has already.
+    chunk
+        Tokens of the prefill step.
+    rounds
+        Each takes two steps of both modes.
+    seed
+        Of the keys and values that contexts are made of.
+    """
+    if min(*batch, context, rounds) < 1 or chunk < 2:
+        raise UserError(
+            "--batch, --context and --rounds must be at least 1, and --chunk at least 2",
+            "leave them out for the usual ones",
+        )
+    from engine.bench.invariant import Choices
+    from engine.bench.invariant import main as measure
+    from engine.models.errors import ModelFormatError, NotReproducible
+    from serving.progress import TerminalProgress
+    from serving.store.local import resolve
+
+    choices = Choices(batch=batch, context=context, chunk=chunk, rounds=rounds, seed=seed)
+    with TerminalProgress() as progress:
+        folder = resolve(model, progress).path
+        try:
+            report = measure(folder, dtype, choices, progress)
+        except (ModelFormatError, NotReproducible) as error:
+            raise UserError(error.cause, error.remedy) from error
+    print(report)  # noqa: T201 (the command's result)
 
 
 def main() -> None:

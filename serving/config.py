@@ -33,6 +33,15 @@ class ServeFlags:
         Requests that may queue; beyond it the server answers 503.
     max_num_batched_tokens
         Tokens of one step: small steps make steady streams, large ones quick prompts.
+    scheduling_policy
+        Who computes first: fcfs is first come, first served; priority goes by each request's
+        `priority`, smaller first.
+    prefix_caching
+        Keep what prompts have in common, and compute it once.
+    batch_invariant
+        Compute each request the same to the last bit, whoever is beside it; slower.
+    depth
+        Steps in flight: at 2 a step is planned while the one before it computes.
     kv_memory
         Memory for keys and values, such as 4GiB. By default a quarter of the memory this process
         may use, at most 4 GiB; on a GPU 90 % of what is free.
@@ -44,6 +53,8 @@ class ServeFlags:
         Serve the checksum executor instead of a model: no torch, step times from a cost table.
     decision_log
         File for every decision of the scheduler; `hocket replay FILE` makes them again.
+    debug_endpoints
+        Serve /debug/state: what the scheduler holds, without any token or text of a request.
     insecure
         Allow an address other than loopback, although requests carry no key.
     """
@@ -57,11 +68,16 @@ class ServeFlags:
     max_num_running: int = 64
     max_num_waiting: int = 512
     max_num_batched_tokens: int = 512
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    prefix_caching: bool = True
+    batch_invariant: bool = False
+    depth: Literal[1, 2] = 1
     kv_memory: str | None = None
     threads: int | None = None
     drain_timeout: float = 30.0
     fake: bool = False
     decision_log: Path | None = None
+    debug_endpoints: bool = False
     insecure: bool = False
 
 
@@ -76,6 +92,7 @@ class ServeConfig:
     max_body_bytes: int = 1 << 20
     max_num_choices: int = 8  # n
     max_num_prompts: int = 64  # prompts in one completion request
+    debug_endpoints: bool = False
 
     @property
     def max_requests(self) -> int:

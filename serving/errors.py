@@ -8,6 +8,7 @@ Exception
     |-- NotFound         404  no such model
     |-- BodyTooLarge     413
     |-- Unavailable      503  loading, draining or full: the same request may work later
+    |-- GenerationFailed 500  the model failed on this request, and on no other
     `-- InstanceLost     500  the instance that ran the request failed
 """
 
@@ -100,6 +101,22 @@ class Unavailable(RequestError):
     def headers(self) -> dict[str, str]:
         # OpenAI's clients wait as told, then try again.
         return {"retry-after": "1", "retry-after-ms": "1000", "x-should-retry": "true"}
+
+
+class GenerationFailed(RequestError):
+    """The model could not compute this request; those beside it go on."""
+
+    status = 500
+    default_code = "generation_failed"
+    _max_cause_chars: ClassVar[int] = 300
+
+    def __init__(self, cause: str) -> None:
+        why = cause[: self._max_cause_chars] or "no cause was given"
+        super().__init__(f"this request failed in the model: {why}")
+
+    def headers(self) -> dict[str, str]:
+        """Tell OpenAI's clients, which retry every 500, that this one would fail again."""
+        return {"x-should-retry": "false"}
 
 
 class InstanceLost(RequestError):

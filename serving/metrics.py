@@ -40,12 +40,27 @@ class Metrics:
         self._up = self._gauge("instance_up", "1 while the instance serves")
         self._steps = self._counter("steps", "Steps completed")
         self._preemptions = self._counter("preemptions", "Requests thrown out to be recomputed")
+        self._failures = self._counter("request_failures", "Requests that the model failed on")
+        self._kv_counters = {
+            name: self._counter(f"kv_{name}", f"KV blocks {what}")
+            for name, what in (
+                ("evicted_blocks", "taken from idle prefixes"),
+                ("stolen_blocks", "taken from the slack behind another request"),
+                ("copied_blocks", "copied on write"),
+                ("cleared_blocks", "set to zero after a failure"),
+            )
+        }
+        self._kv_idle = self._gauge("kv_idle_blocks", "KV blocks that hold prefixes nobody uses")
         self._computed = self._counter("computed_tokens", "Tokens computed, recomputation included")
         self._requests = Counter(
             "hocket_requests", "Requests by outcome", ["model", "outcome"], registry=self._registry
         )
         self._prompt_tokens = self._total("prompt_tokens", "Prompt tokens of ended requests")
         self._output_tokens = self._total("generation_tokens", "Tokens delivered")
+        self._prefix_queries = self._total(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache"
+        )
+        self._prefix_hits = self._total("prefix_cache_hits", "Prompt tokens found computed already")
         self._ttft = self._histogram("time_to_first_token_seconds", "TTFT", _TTFT_BUCKETS)
         self._itl = self._histogram("inter_token_latency_seconds", "ITL", _ITL_BUCKETS)
         self._e2e = self._histogram("e2e_latency_seconds", "Arrival to end", _E2E_BUCKETS)
@@ -70,8 +85,14 @@ class Metrics:
             (self._steps, "num_steps"),
             (self._preemptions, "num_preemptions"),
             (self._computed, "num_computed_tokens"),
+            (self._failures, "num_failures"),
         ):
             increase = getattr(view, name) - (getattr(before, name) if before else 0)
+            counter.labels(*labels).inc(increase)
+        self._kv_idle.labels(*labels).set(view.kv.num_idle_blocks)
+        for name, counter in self._kv_counters.items():
+            increase = getattr(view.kv, f"num_{name}")
+            increase -= getattr(before.kv, f"num_{name}") if before else 0
             counter.labels(*labels).inc(increase)
         if step_s:
             self._step_s.labels(self._model_name).observe(step_s)
@@ -93,6 +114,11 @@ class Metrics:
 
     def queued(self, queue_s: float) -> None:
         self._queue.labels(self._model_name).observe(queue_s)
+
+    def prefix(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
+        """Count what a request found of its prompt when it started."""
+        self._prefix_queries.labels(self._model_name).inc(num_prompt_tokens)
+        self._prefix_hits.labels(self._model_name).inc(num_cached_tokens)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"hocket_{name}", text, ["model", "instance"], registry=self._registry)

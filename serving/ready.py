@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from engine.config import EngineConfig
 from engine.messages import Ready
 from serving.config import ServeConfig
 
@@ -49,6 +50,7 @@ def ready_block(config: ServeConfig, ready: Ready, seconds: Mapping[str, float])
             f"{engine.max_num_waiting} waiting, {engine.max_num_batched_tokens} tokens a step, "
             f"body {config.max_body_bytes // 1024:,} KiB",
         ),
+        ("Mode", _mode(engine)),
         ("Started in", f"{seconds['total']:.2f} s ({phases})"),
         ("Metrics", f"{url}/metrics    Health: {url}/health    Ready: {url}/ready"),
         ("Stop", "Ctrl-C lets running requests end; twice stops at once"),
@@ -57,3 +59,13 @@ def ready_block(config: ServeConfig, ready: Ready, seconds: Mapping[str, float])
     block = "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
     curl = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'"
     return f"\nHocket is ready.\n\n{block}\n\nTry:\n\n  {curl}\n"
+
+
+def _mode(engine: EngineConfig) -> str:
+    """Return what is switched on, in words."""
+    words = [
+        f"{engine.policy} scheduling",
+        f"prefix caching {'on' if engine.prefix_caching else 'off'}",
+        f"{engine.depth} step{'s' if engine.depth > 1 else ''} in flight",
+    ]
+    return ", ".join(words + ["batch-invariant"] * engine.batch_invariant)

@@ -96,11 +96,16 @@ def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int)
             max_num_batched_tokens=flags.max_num_batched_tokens,
             max_num_running=flags.max_num_running,
             max_num_waiting=flags.max_num_waiting,
+            depth=flags.depth,
+            policy=flags.scheduling_policy,
+            prefix_caching=flags.prefix_caching,
+            batch_invariant=flags.batch_invariant,
             decision_log=flags.decision_log,
         ),
         host=flags.host,
         port=port,
         drain_timeout_s=flags.drain_timeout,
+        debug_endpoints=flags.debug_endpoints,
     )
 
 

@@ -4,34 +4,84 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
+from starlette.responses import Response
 
+from scheduler.types import FinishReason
+from serving.api import sse
+from serving.api.logprobs import prompt_logprobs
+from serving.api.responses import json_response
+from serving.api.sampling import Body
+from serving.api.service import Service
 from serving.cluster.driver import ClusterDriver
-from serving.cluster.streams import Delta, StreamGroup
+from serving.cluster.streams import Delta, RequestStream, StreamGroup
 
-# Makes `choices[i]` of a chunk, given the index, what is new, and whether it is the first.
-ChunkChoice = Callable[[int, Delta, bool], dict[str, Any]]
+T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class Collected:
-    """One choice as a whole."""
+class ChoiceForm(Protocol):
+    """What one endpoint puts into `choices[i]`, beside what every endpoint does."""
 
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    finish_reason: str | None = None
+    def whole(self, index: int, delta: Delta, stream: RequestStream) -> dict[str, Any]: ...
+
+    def chunk(
+        self, index: int, delta: Delta, stream: RequestStream, *, first: bool
+    ) -> dict[str, Any]: ...
 
 
 class ClientGone(Exception):
     """The client closed the connection before the answer was complete."""
 
 
-async def collect(request: Request, driver: ClusterDriver, group: StreamGroup) -> list[Collected]:
+async def respond(
+    service: Service,
+    request: Request,
+    body: Body,
+    group: StreamGroup,
+    head: dict[str, Any],
+    form: ChoiceForm,
+) -> Response:
+    """Answer as the body asks, in events or whole. Raises RequestError, ClientGone."""
+    if body.stream:
+        return sse.event_stream(
+            _chunks(service, body, group, head, form),
+            on_close=partial(service.driver.cancel, group),
+        )
+    deltas = await _collect(request, service.driver, group)
+
+    def choices() -> list[dict[str, Any]]:
+        return [
+            _choice(service, body, index, delta, stream, form.whole, first=True)
+            for index, (delta, stream) in enumerate(zip(deltas, group.streams, strict=True))
+        ]
+
+    made = await _without_delay(choices, long=_has_scores(group.streams[0]))
+    return json_response(head | {"choices": made, "usage": usage(body, group)})
+
+
+def usage(body: Body, group: StreamGroup) -> dict[str, Any]:
+    """Return OpenAI's `usage`; a prompt with several choices counts once, by its first."""
+    firsts = [stream for stream in group.streams if stream.spec.params.choice == 0]
+    num_prompt_tokens = sum(len(stream.spec.prompt_token_ids) for stream in firsts)
+    num_output_tokens = sum(stream.num_tokens for stream in group.streams)
+    if body.echoes_only():
+        num_output_tokens = 0
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(stream.num_cached_tokens for stream in firsts)
+        },
+    }
+
+
+async def _collect(request: Request, driver: ClusterDriver, group: StreamGroup) -> list[Delta]:
     """Wait for all choices. Raises ClientGone, after aborting, when the client leaves first."""
-    answer = asyncio.ensure_future(_gather(group))
+    answer = asyncio.ensure_future(group.whole())
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -44,43 +94,59 @@ async def collect(request: Request, driver: ClusterDriver, group: StreamGroup) -
             task.cancel()
 
 
-async def chunks(
-    group: StreamGroup, head: dict[str, Any], choice: ChunkChoice, *, include_usage: bool
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _chunks(
+    service: Service, body: Body, group: StreamGroup, head: dict[str, Any], form: ChoiceForm
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield chunk bodies as tokens arrive."""
     seen: set[int] = set()
     async for index, delta in group.deltas():
-        yield head | {"choices": [choice(index, delta, index not in seen)]}
+        stream, first = group.streams[index], index not in seen
         seen.add(index)
-    if include_usage:
-        yield head | {"choices": [], "usage": usage(group)}
+        chunk = partial(form.chunk, first=first)
+        make = partial(_choice, service, body, index, delta, stream, chunk, first=first)
+        choice = await _without_delay(make, long=first and _has_scores(stream))
+        yield head | {"choices": [choice]}
+    if body.wants_usage():
+        yield head | {"choices": [], "usage": usage(body, group)}
 
 
-def usage(group: StreamGroup) -> dict[str, int]:
-    """Return OpenAI's `usage`; a prompt with several choices counts once."""
-    num_prompt_tokens = sum(
-        len(stream.spec.prompt_token_ids)
-        for stream in group.streams
-        if stream.spec.params.choice == 0
-    )
-    num_output_tokens = sum(stream.num_tokens for stream in group.streams)
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_output_tokens,
-        "total_tokens": num_prompt_tokens + num_output_tokens,
-    }
+def _choice(
+    service: Service,
+    body: Body,
+    index: int,
+    delta: Delta,
+    stream: RequestStream,
+    form: Callable[[int, Delta, RequestStream], dict[str, Any]],
+    *,
+    first: bool,
+) -> dict[str, Any]:
+    """Return `choices[i]` with what every endpoint has."""
+    if body.echoes_only():
+        ended = delta.finish_reason is not None
+        delta = Delta("", (), FinishReason.LENGTH if ended else None)
+    choice = {"index": index, **form(index, delta, stream), "finish_reason": delta.finish_reason}
+    if body.return_token_ids:
+        choice["token_ids"] = delta.token_ids
+    if first and body.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = prompt_logprobs(
+            stream.spec.prompt_token_ids,
+            stream.prompt_logprobs,
+            body.prompt_logprobs,
+            service.codec,
+        )
+    return choice
 
 
-async def _gather(group: StreamGroup) -> list[Collected]:
-    choices = [Collected() for _ in group.streams]
-    async for index, delta in group.deltas():
-        choice = choices[index]
-        choice.text += delta.text
-        choice.token_ids += delta.token_ids
-        choice.finish_reason = delta.finish_reason
-    return choices
+def _has_scores(stream: RequestStream) -> bool:
+    params = stream.spec.params
+    return params.logprobs is not None or params.prompt_logprobs is not None
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def _without_delay(make: Callable[[], T], *, long: bool) -> T:
+    """Make it here, or on a thread: the scores of a whole prompt would hold up all streams."""
+    return await asyncio.to_thread(make) if long else make()

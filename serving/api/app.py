@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from serving.api import chat, completions, models
+from serving.api import chat, completions, debug, models
 from serving.api.answers import ClientGone
 from serving.api.body_limit import BodyLimit
 from serving.api.request_id import RequestIds
@@ -35,7 +35,7 @@ def create_app(service: Service) -> FastAPI:
             Middleware(BodyLimit, max_bytes=service.config.max_body_bytes),
         ],
     )
-    for module in (completions, chat, models):
+    for module in (completions, chat, models, debug):
         app.include_router(module.router(service))
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -58,7 +58,7 @@ async def _validation_error(_: Request, error: Exception) -> Response:
         # JSON that cannot be read, `loc` is a position in the text.
         location = () if problem["type"] == "json_invalid" else problem["loc"][1:]
         where = [str(part) for part in location if _is_field(part)]
-        params.append(".".join(where))
+        params.append(".".join(where)[:_MAX_MESSAGE_CHARS])
         problems.append(f"{params[-1] or 'body'}: {problem['msg']}"[:_MAX_MESSAGE_CHARS])
     refusal = InvalidRequest("; ".join(problems), param=params[0] or None)
     return json_response(refusal.body(), refusal.status)

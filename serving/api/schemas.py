@@ -14,9 +14,18 @@ from scheduler.types import MAX_SEED
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 128
+MAX_SALT_CHARS = 256
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 class StreamOptions(BaseModel):
@@ -40,7 +49,17 @@ class _Generation(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=32)] | None = None
     ignore_eos: bool | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    prompt_logprobs: NumLogprobs | None = None
+    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     return_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -49,6 +68,17 @@ class _Generation(BaseModel):
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def num_logprobs(self) -> int | None:
+        """Return how many of the likeliest tokens each position shows; None for no scores."""
+        raise NotImplementedError
+
+    def asked_max_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def echoes_only(self) -> bool:
+        """Whether nothing is to be generated: the prompt, with its scores, is the answer."""
+        return False
 
     def wants_usage(self) -> bool:
         """Whether a stream is to end with its usage."""
@@ -59,6 +89,15 @@ class CompletionRequest(_Generation):
     """`prompt` is a text, token ids, or a list of either."""
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0 only with echo
+    logprobs: NumLogprobs | None = None
+    echo: bool | None = None
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def echoes_only(self) -> bool:
+        return self.max_tokens == 0
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one."""
@@ -95,23 +134,23 @@ class ChatRequest(_Generation):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     add_generation_prompt: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def asked_max_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
-# Known fields that change the output and are not honoured, with the values that mean "off".
+# Known fields that change the output and are not honoured, with the values that mean "off". Those
+# that one endpoint knows are here for the other.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
-    "logprobs": (None, False),
     "top_logprobs": (None, 0),
-    "prompt_logprobs": (None,),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "min_tokens": (None, 0),
-    "bad_words": (None, []),
-    "allowed_token_ids": (None,),
     "truncate_prompt_tokens": (None,),
     "skip_special_tokens": (None, True),
     "include_stop_str_in_output": (None, False),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.messages import Ready
 from scheduler.types import MAX_SEED, RequestId, RequestSpec, SamplingParams
-from serving.api.schemas import ChatRequest, CompletionRequest, unsupported_field
+from serving.api.sampling import Body
+from serving.api.schemas import ChatRequest, unsupported_field
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.streams import StreamGroup
 from serving.config import ServeConfig
@@ -16,8 +17,6 @@ from serving.errors import ContextTooLong, InvalidRequest, NotFound, Unavailable
 from serving.metrics import Metrics
 from serving.text.chat import ChatTemplate
 from serving.text.tokenizer import TextCodec
-
-_BODY = CompletionRequest | ChatRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +35,7 @@ class Service:
     def model_name(self) -> str:
         return self.ready.model_name
 
-    def check(self, body: _BODY) -> None:
+    def check(self, body: Body) -> None:
         """Raise RequestError for what can be refused without looking at the prompt."""
         if body.model is not None and body.model != self.model_name:
             raise NotFound(
@@ -52,33 +51,54 @@ class Service:
             raise InvalidRequest("stream_options needs stream: true", param="stream_options")
         if (body.n or 1) > self.config.max_num_choices:
             raise InvalidRequest(f"n must be at most {self.config.max_num_choices}", param="n")
+        if body.priority and self.config.engine.policy == "fcfs":
+            raise InvalidRequest(
+                "priority has no effect on this server: it serves first come, first served; start "
+                "it with --scheduling-policy priority",
+                param="priority",
+            )
+        if isinstance(body, ChatRequest):
+            if body.top_logprobs and not body.logprobs:
+                raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        elif body.max_tokens == 0 and not body.echo:
+            raise InvalidRequest(
+                "max_tokens must be at least 1, or 0 with echo: true", param="max_tokens"
+            )
         if not self.driver.ready:
             code = "draining" if self.driver.draining else "no_instance"
             raise Unavailable("the server is not taking requests now", code=code)
 
     def generate(
         self,
-        body: _BODY,
+        body: Body,
         prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
         *,
         request_id: str,
         param: str,
         default_max_tokens: int | None,
     ) -> StreamGroup:
         """Start n choices for each prompt, in order; `param` names the prompts in errors."""
-        max_tokens = body.max_tokens or default_max_tokens
-        if isinstance(body, ChatRequest):
-            max_tokens = body.max_completion_tokens or max_tokens
-        num_choices = body.n or 1
+        asked = body.asked_max_tokens()
+        max_tokens = default_max_tokens if asked is None else max(asked, 1)
         specs: list[RequestSpec] = []
         for token_ids in prompts:
             room = self._room(token_ids, param)
-            for choice in range(num_choices):
+            limit = min(max_tokens or room, room)
+            if params.min_tokens > (limit if asked != 0 else 0):
+                raise InvalidRequest(
+                    f"min_tokens must be at most max_tokens, and at most {limit} tokens can follow "
+                    "here",
+                    param="min_tokens",
+                )
+            for choice in range(body.n or 1):
                 specs.append(
                     RequestSpec(
                         request_id=RequestId(f"{request_id}-{len(specs)}"),
                         prompt_token_ids=tuple(token_ids),
-                        params=self._params(body, choice, min(max_tokens or room, room)),
+                        params=replace(params, max_tokens=limit, seed=_seed(body), choice=choice),
+                        cache_salt=body.cache_salt or "",
+                        priority=body.priority or 0,
                     )
                 )
         return self.driver.submit(specs, body.stops())
@@ -87,29 +107,12 @@ class Service:
         """Return how many tokens may follow the prompt. Raises InvalidRequest."""
         if not token_ids:
             raise InvalidRequest("the prompt is empty", param=param)
-        if max(token_ids) >= self.codec.vocab_size:
-            raise InvalidRequest(
-                f"token id {max(token_ids)} is not in the vocabulary of {self.codec.vocab_size}",
-                param=param,
-            )
         room = self.ready.max_model_len - len(token_ids)
         if room < 1:
             raise ContextTooLong(len(token_ids), self.ready.max_model_len, param)
         return room
 
-    def _params(self, body: _BODY, choice: int, max_tokens: int) -> SamplingParams:
-        stop_token_ids = set(body.stop_token_ids or ())
-        if not body.ignore_eos:
-            stop_token_ids.update(self.codec.eos_token_ids)
-        # An unseeded request gets its seed here, so that it can be replayed anywhere.
-        seed = body.seed if body.seed is not None else secrets.randbelow(MAX_SEED)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=1.0 if body.temperature is None else float(body.temperature),
-            top_p=1.0 if body.top_p is None else float(body.top_p),
-            top_k=min(max(0, body.top_k or 0), self.codec.vocab_size),
-            min_p=float(body.min_p or 0.0),
-            seed=seed,
-            choice=choice,
-            stop_token_ids=tuple(sorted(stop_token_ids)),
-        )
+
+def _seed(body: Body) -> int:
+    """Return the seed; an unseeded request gets one here, so that it can be replayed anywhere."""
+    return secrets.randbelow(MAX_SEED) if body.seed is None else body.seed

@@ -10,10 +10,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import assert_never
+from typing import Any, assert_never
 
 from engine import messages
-from engine.messages import Failed, Ready, Report, StepEvents
+from engine.messages import Failed, Inspected, Ready, Report, StepEvents
 from scheduler.cluster.events import (
     Abort,
     Arrived,
@@ -36,11 +36,19 @@ from scheduler.types import (
     RejectReason,
     RequestId,
     RequestSpec,
+    StartedEvent,
     TokenEvent,
 )
 from serving.cluster.handle import InstanceHandle
+from serving.cluster.inspection import Inspections
 from serving.cluster.streams import RequestStream, StreamGroup, StreamTable
-from serving.errors import InstanceLost, InvalidRequest, RequestError, Unavailable
+from serving.errors import (
+    GenerationFailed,
+    InstanceLost,
+    InvalidRequest,
+    RequestError,
+    Unavailable,
+)
 from serving.metrics import Metrics
 from serving.text.tokenizer import TextCodec
 
@@ -66,6 +74,7 @@ class ClusterDriver:
         self._clock = clock
         self._handles: dict[InstanceId, InstanceHandle] = {}
         self._streams = StreamTable()
+        self._inspections = Inspections()
         self._arrived_at_s: dict[RequestId, float] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -125,6 +134,24 @@ class ClusterDriver:
             return False
         return True
 
+    async def inspect(self, timeout_s: float) -> dict[str, Any]:
+        """Return what instances, streams and the cluster scheduler hold, for people to read.
+
+        An instance that is down is shown as None. Raises Unavailable when one gives no answer in
+        time.
+        """
+        up = [
+            handle
+            for instance_id, handle in self._handles.items()
+            if self._scheduler.is_up(instance_id)
+        ]
+        answers = await self._inspections.ask(up, timeout_s)
+        return {
+            "instances": {key: answers.get(key) for key in self._handles},
+            "streams": self._streams.state(),
+            "cluster": self._scheduler.state(),
+        }
+
     async def stop(self) -> None:
         for handle in self._handles.values():
             await handle.stop()
@@ -136,8 +163,9 @@ class ClusterDriver:
             match action:
                 case Dispatch(spec, instance_id):
                     self._handles[instance_id].send(messages.Submit(spec))
-                case Abort(request_id, instance_id):
-                    self._handles[instance_id].send(messages.Abort(request_id))
+                case Abort(request_id, instance_id, num_output_tokens):
+                    abort = messages.Abort(request_id, num_output_tokens)
+                    self._handles[instance_id].send(abort)
                 case Reject(request_id, reason):
                     self._fail(request_id, self._refusal(reason), "rejected")
                 case Fail(request_id):
@@ -167,12 +195,23 @@ class ClusterDriver:
             case Failed(cause):
                 log.error("instance %s failed: %s", instance_id, cause)
                 self._metrics.instance_up(instance_id, up=False)
+                self._inspections.lost(instance_id)
                 self._handle(InstanceDown(instance_id))
+            case Inspected(number, state):
+                self._inspections.answered(number, state)
             case Ready():
                 pass
+            case _:
+                assert_never(report)
 
     def _on_step(self, instance_id: InstanceId, report: StepEvents) -> None:
         now = self._clock()
+        for started in report.started:
+            self._on_started(started)
+        for scored in report.prompt_logprobs:
+            stream = self._streams.get(scored.request_id)
+            if stream is not None:
+                stream.take_prompt_logprobs(scored.start, scored.positions)
         for token in report.tokens:
             self._on_token(token, now)
         for finished in report.finished:
@@ -183,6 +222,13 @@ class ClusterDriver:
         self._metrics.step(instance_id, report.view, report.step_s)
         self._handle(Reported(instance_id, report.view))
 
+    def _on_started(self, event: StartedEvent) -> None:
+        self._metrics.queued(event.queue_s)
+        stream = self._streams.get(event.request_id)
+        if stream is not None:
+            stream.num_cached_tokens = event.num_cached_tokens
+            self._metrics.prefix(len(stream.spec.prompt_token_ids), event.num_cached_tokens)
+
     def _on_token(self, event: TokenEvent, now: float) -> None:
         stream = self._streams.get(event.request_id)
         if stream is None:  # its client left while the step ran
@@ -192,14 +238,16 @@ class ClusterDriver:
             now - self._arrived_at_s[event.request_id],
             None if last_at_s is None else now - last_at_s,
         )
-        if stream.deliver(event.output_index, event.token_id):
+        if stream.deliver(event.output_index, event.token_id, event.logprobs):
             self._end(stream, FinishReason.STOP)
-            self._handle(Cancelled(event.request_id))
+            self._handle(Cancelled(event.request_id, stream.num_tokens))
 
     def _on_finished(self, event: FinishedEvent) -> None:
-        self._metrics.queued(event.queue_s)
         stream = self._streams.get(event.request_id)
-        if stream is not None:
+        if event.reason is FinishReason.ERROR:
+            log.error("request %s failed in the model: %s", event.request_id, event.error)
+            self._fail(event.request_id, GenerationFailed(event.error))
+        elif stream is not None:
             self._end(stream, event.reason)
         self._handle(Ended(event.request_id))
 

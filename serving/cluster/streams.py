@@ -1,19 +1,29 @@
 """What clients have been given of each request: the only owner of text and of delivered tokens.
 
 A stream takes token events in order, exactly once, and turns them into text. Stop strings are
-matched here; what was computed beyond one is dropped and counts for nothing.
+matched here; what was computed beyond one is dropped and counts for nothing. The log-probabilities
+of a token are shown when its text is, and never if a stop string cut it off.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from scheduler.types import FinishReason, RequestId, RequestSpec
+from scheduler.types import FinishReason, Logprobs, RequestId, RequestSpec
 from serving.errors import RequestError
 from serving.text.detokenizer import Detokenizer, StopFilter
 from serving.text.tokenizer import TextCodec
+
+
+class ScoredToken(NamedTuple):
+    """A token with its log-probabilities, and where in the answer its text begins."""
+
+    token_id: int
+    logprobs: Logprobs | None  # None where the model gave none
+    text_offset: int
 
 
 class Delta(NamedTuple):
@@ -22,6 +32,7 @@ class Delta(NamedTuple):
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    scored: tuple[ScoredToken, ...] = ()  # if log-probabilities were asked for
 
 
 class RequestStream:
@@ -32,22 +43,36 @@ class RequestStream:
     ) -> None:
         self.spec = spec
         self.num_tokens = 0  # delivered
+        self.num_cached_tokens = 0  # of the prompt; known when it has started
+        self.prompt_logprobs: list[Logprobs] = []  # of the second token of the prompt and on
         self.finish_reason: FinishReason | None = None
         self.error: RequestError | None = None
-        self.first_token_at_s: float | None = None
         self.last_token_at_s: float | None = None
         self._detokenizer = Detokenizer(codec)
         self._stop_filter = StopFilter(stops)
         self._wake = wake
         self._new_token_ids: list[int] = []
         self._new_text = ""
+        self._new_scored: list[ScoredToken] = []
+        self._held_scored: deque[ScoredToken] = deque()  # their text is not shown yet
+        self._num_decoded_chars = 0
+        self._num_shown_chars = 0
         self._end_is_new = False
 
     @property
     def ended(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
-    def deliver(self, output_index: int, token_id: int) -> bool:
+    def take_prompt_logprobs(self, start: int, positions: Sequence[Logprobs]) -> None:
+        """Keep those of prompt tokens `start` and on; a prompt computed again may repeat some."""
+        num_known = len(self.prompt_logprobs) + 1
+        if start > num_known:
+            raise AssertionError(
+                f"{self.spec.request_id}: prompt logprobs from {start}, not {num_known}"
+            )
+        self.prompt_logprobs += positions[num_known - start :]
+
+    def deliver(self, output_index: int, token_id: int, logprobs: Logprobs | None = None) -> bool:
         """Take the token with this output index. True if it completed a stop string.
 
         A token of an ended stream is dropped: it was computed before the instance knew.
@@ -60,17 +85,21 @@ class RequestStream:
             )
         self.num_tokens += 1
         self._new_token_ids.append(token_id)
+        if self.spec.params.logprobs is not None:
+            self._held_scored.append(ScoredToken(token_id, logprobs, self._num_decoded_chars))
         if token_id not in self.spec.params.stop_token_ids:
-            self._new_text += self._stop_filter.push(self._detokenizer.push((token_id,)))
+            self._show(self._detokenizer.push((token_id,)))
+        self._release_scored()
         self._wake.set()
         return self._stop_filter.matched is not None
 
     def finish(self, reason: FinishReason) -> None:
-        """End the stream; what was held back is shown."""
+        """End the stream, with what was held back unless a stop string cut it off."""
         if not self.ended:
             if self._stop_filter.matched is None:
-                self._new_text += self._stop_filter.push(self._detokenizer.finish())
+                self._show(self._detokenizer.finish())
                 self._new_text += self._stop_filter.finish()
+                self._release_scored(everything=self._stop_filter.matched is None)
             self.finish_reason = reason
             self._end_is_new = True
             self._wake.set()
@@ -84,9 +113,41 @@ class RequestStream:
         """Return what came since the last call, None if nothing did."""
         if not (self._new_token_ids or self._end_is_new):
             return None
-        delta = Delta(self._new_text, tuple(self._new_token_ids), self.finish_reason)
-        self._new_text, self._new_token_ids, self._end_is_new = "", [], False
+        delta = Delta(
+            self._new_text,
+            tuple(self._new_token_ids),
+            self.finish_reason,
+            tuple(self._new_scored),
+        )
+        self._new_text, self._new_token_ids, self._new_scored = "", [], []
+        self._end_is_new = False
         return delta
+
+    def state(self) -> dict[str, Any]:
+        """Return where it stands as plain data for people, without its tokens and its text."""
+        return {
+            "num_prompt_tokens": len(self.spec.prompt_token_ids),
+            "num_cached_tokens": self.num_cached_tokens,
+            "num_output_tokens": self.num_tokens,
+            "max_tokens": self.spec.params.max_tokens,
+            "priority": self.spec.priority,
+        }
+
+    def _show(self, text: str) -> None:
+        self._num_decoded_chars += len(text)
+        # Before min_tokens a stop string is text like any other, as in vLLM.
+        may_stop = self.num_tokens > self.spec.params.min_tokens
+        shown = self._stop_filter.push(text) if may_stop else text
+        self._num_shown_chars += len(shown)
+        self._new_text += shown
+
+    def _release_scored(self, *, everything: bool = False) -> None:
+        """Let go of what belongs to text that is shown; without stop strings, of everything."""
+        everything |= not self._stop_filter.stops
+        while self._held_scored and (
+            everything or self._held_scored[0].text_offset < self._num_shown_chars
+        ):
+            self._new_scored.append(self._held_scored.popleft())
 
 
 class StreamGroup:
@@ -96,6 +157,17 @@ class StreamGroup:
         self.wake = asyncio.Event()
         self.streams: list[RequestStream] = []
 
+    async def whole(self) -> list[Delta]:
+        """Wait for the ends; return each stream as one delta. Raises the first stream's error."""
+        while not all(stream.finish_reason is not None for stream in self.streams):
+            await self.wake.wait()
+            self.wake.clear()
+            for stream in self.streams:
+                if stream.error is not None:
+                    raise stream.error
+        deltas = [stream.take() for stream in self.streams]
+        return [delta for delta in deltas if delta is not None]
+
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """Yield (stream index, delta) until all have ended. Raises the first stream's error."""
         open_streams = dict(enumerate(self.streams))
@@ -103,13 +175,13 @@ class StreamGroup:
             await self.wake.wait()
             self.wake.clear()
             for index, stream in list(open_streams.items()):
-                if stream.error is not None:
-                    raise stream.error
-                delta = stream.take()
+                error, delta = stream.error, stream.take()
                 if delta is not None:
                     yield index, delta
                     if delta.finish_reason is not None:
                         del open_streams[index]
+                if error is not None:  # after what came before it
+                    raise error
 
 
 class StreamTable:
@@ -129,6 +201,10 @@ class StreamTable:
 
     def remove(self, request_id: RequestId) -> RequestStream | None:
         return self._streams.pop(request_id, None)
+
+    def state(self) -> dict[str, Any]:
+        """Return every stream's state by request id."""
+        return {request_id: stream.state() for request_id, stream in self._streams.items()}
 
     def open_ids(self) -> list[RequestId]:
         return list(self._streams)

@@ -61,7 +61,7 @@ class StopFilter:
     """Cuts text at the first stop string, and holds back what may become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self.stops = tuple(stops)
         self._held = ""
         self.matched: str | None = None
 
@@ -69,15 +69,15 @@ class StopFilter:
         """Return what may be shown. After a match nothing more is."""
         if self.matched is not None:
             return ""
-        if not self._stops:
+        if not self.stops:
             return text
         self._held += text
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self.stops if (at := self._held.find(stop)) >= 0]
         if found:
             at, self.matched = min(found)
             shown, self._held = self._held[:at], ""
             return shown
-        keep = max(self._overlap(stop) for stop in self._stops)
+        keep = max(self._overlap(stop) for stop in self.stops)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown

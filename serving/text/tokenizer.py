@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serving.errors import InvalidRequest, UserError
+from serving.text.pieces import PieceBytes
 
 # The answers of the checksum executor: 95 printable ASCII characters and the end of the answer.
 FAKE_VOCAB_SIZE = 96
@@ -35,6 +36,7 @@ class TextCodec:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._pieces = PieceBytes(tokenizer)
         self.eos_token_ids = eos_token_ids
         self.template = template
         self.special_tokens = special_tokens  # name (bos_token, ...) -> text, for the template
@@ -58,6 +60,13 @@ class TextCodec:
         """Return the text without special tokens; incomplete UTF-8 becomes U+FFFD."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Return the bytes that this token adds, special or not; None for an id without one.
+
+        A token may be a piece of a character, so these bytes need not be UTF-8.
+        """
+        return self._pieces.of(token_id)
 
 
 def load_codec(folder: Path) -> TextCodec:
