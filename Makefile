@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: serve test check fmt bench exact clean
+.PHONY: serve test check fmt bench exact invariant fuzz mutants clean
 
 serve: $(VENV)/serve.stamp ## serve SmolLM2-135M-Instruct on http://127.0.0.1:8000 (ARGS="..." adds flags)
 	@$(BIN)/hocket serve $(ARGS)
@@ -24,12 +24,22 @@ fmt: $(VENV)/dev.stamp ## format and mend what a machine can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/dev.stamp ## micro-benchmarks: planning time, startup by phase
+bench: $(VENV)/dev.stamp ## micro-benchmarks: planning time, fragmentation, startup by phase
 	$(BIN)/python -m tests.bench.planning
+	$(BIN)/python -m tests.bench.fragmentation
 	$(BIN)/python -m tests.bench.startup
 
 exact: $(VENV)/dev.stamp ## compare every forced position with transformers (minutes)
 	$(BIN)/python -m tests.exact
+
+invariant: $(VENV)/dev.stamp ## compare logits bit by bit, alone and in random company (20 minutes)
+	GOMP_SPINCOUNT=2000 $(BIN)/python -m tests.exact.invariance $(ARGS)
+
+fuzz: $(VENV)/dev.stamp ## check the law on many random schedules (ARGS="--num 100000", about an hour)
+	$(BIN)/python -m tests.properties $(ARGS)
+
+mutants: $(VENV)/dev.stamp ## plant known bugs in copies of the tree, and see that the tests find each (minutes)
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -20,7 +20,7 @@ from scheduler.types import FinishedEvent, KVGeometry, RequestId, RequestSpec, S
 
 NUM_STEPS = 400
 MAX_TOKENS = 64
-PROMPT = tuple(range(200))
+NUM_PROMPT = 200
 
 
 def measure(num_running: int) -> tuple[list[float], list[float]]:
@@ -45,7 +45,8 @@ def measure(num_running: int) -> tuple[list[float], list[float]]:
             scheduler.add(
                 RequestSpec(
                     request_id=request_id,
-                    prompt_token_ids=PROMPT,
+                    # Half of it is shared, as a system prompt is.
+                    prompt_token_ids=(*range(96), num_made, *range(NUM_PROMPT - 97)),
                     params=SamplingParams(max_tokens=max_tokens),
                 ),
                 0.0,
@@ -57,12 +58,12 @@ def measure(num_running: int) -> tuple[list[float], list[float]]:
         """Play the executor: who has computed its whole prompt samples a token."""
         chunks = dict(plan.chunks)
         for join in plan.joins:
-            computed[join.request_id] = 0
+            computed[join.request_id] = join.num_computed_tokens
         for request_id in plan.leaves:
             computed.pop(request_id, None)
         for request_id in computed:
             computed[request_id] += chunks.get(request_id, 1)
-        return tuple(SampledToken(key, 5) for key, n in computed.items() if n >= len(PROMPT))
+        return tuple(SampledToken(key, 5) for key, n in computed.items() if n >= NUM_PROMPT)
 
     computed: dict[RequestId, int] = {}
     plan_s, complete_s = [], []

@@ -41,6 +41,7 @@ def plans(num_requests: int, num_tokens: int, context: int) -> tuple[StepPlan, l
                 request_id,
                 (7,) * (context + num_tokens),
                 context,
+                context,
                 (BlockGroup(index * num_blocks, num_blocks),),
                 SamplingParams(max_tokens=2, temperature=0.0),
             )

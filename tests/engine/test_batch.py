@@ -22,19 +22,30 @@ class Known:
 
     tokens: list[int]
     params: SamplingParams
+    num_prompt: int
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
 
     def join(self, request_id: RequestId) -> Join:
         groups = tuple(BlockGroup(block, 1) for block in self.blocks)
-        return Join(request_id, tuple(self.tokens), self.num_computed, groups, self.params)
+        return Join(
+            request_id,
+            tuple(self.tokens),
+            self.num_prompt,
+            self.num_computed,
+            groups,
+            self.params,
+        )
 
 
 def rows_of(batch: PersistentBatch, forward: ForwardBatch) -> dict[RequestId, dict]:
     """Return each request's share of a step's input, without the order of the rows."""
     shares = {}
     sampled = {row: index for index, row in enumerate(forward.sample_rows_S.tolist())}
-    for row, request_id in enumerate(batch.request_ids):
+    rules = {rule.index: rule for rule in forward.sampling.rules}
+    scores = {row_scores.row: row_scores for row_scores in forward.prompt_scores}
+    for row, persistent_row in enumerate(forward.rows_R.tolist()):
+        request_id = batch.request_ids[persistent_row]
         start, end = forward.query_start_R1[row : row + 2].tolist()
         num_blocks = -(-int(forward.seq_len_R[row]) // BLOCK)
         share = {
@@ -50,7 +61,19 @@ def rows_of(batch: PersistentBatch, forward: ForwardBatch) -> dict[RequestId, di
             share["sampling"] = [
                 getattr(forward.sampling, name.name)[index].item()
                 for name in fields(forward.sampling)
+                if name.name != "rules"
             ]
+            if index in rules:
+                rule = rules[index]
+                share["rules"] = (rule.params, rule.token_ids.tolist(), rule.num_prompt_tokens)
+        if row in scores:
+            row_scores = scores[row]
+            assert row_scores.request_id == request_id
+            share["scores"] = (
+                (row_scores.tokens_M - start).tolist(),
+                row_scores.targets_M.tolist(),
+                (row_scores.start, row_scores.num_top),
+            )
         shares[request_id] = share
     return shares
 
@@ -108,8 +131,13 @@ class PlanMaker:
                 min_p=rng.choice([0.0, 0.125]),
                 seed=rng.randrange(2**63),
                 choice=rng.randrange(4),
+                frequency_penalty=rng.choice([0.0, 0.0, 1.0]),
+                logprobs=rng.choice([None, None, 3]),
+                prompt_logprobs=rng.choice([None, None, 2]),
             ),
+            num_prompt=1,
         )
+        known.num_prompt = rng.randint(1, len(known.tokens))
         known.num_computed = rng.randrange(len(known.tokens))
         known.blocks = [rng.randrange(1000) for _ in range(-(-known.num_computed // BLOCK))]
         return known
@@ -124,7 +152,13 @@ def test_a_thousand_plans_leave_the_batch_that_building_it_anew_gives():
         fresh = PersistentBatch(MAX_ROWS, MAX_LEN, BLOCK)
         joins = tuple(known.join(request_id) for request_id, known in maker.known.items())
         expected = fresh.apply(StepPlan(step_id=step_id, joins=joins, chunks=plan.chunks))
-        assert rows_of(persistent, got) == rows_of(fresh, expected), f"step {step_id}"
+        shares = rows_of(persistent, got)
+        assert shares == rows_of(fresh, expected), f"step {step_id}"
+        kept = [row for row in range(len(shares)) if maker.rng.random() < 0.5]
+        some = rows_of(persistent, got.select(np.array(kept, dtype=np.int64)))
+        assert some == {
+            persistent.request_ids[row]: shares[persistent.request_ids[row]] for row in kept
+        }
 
         chunk_of = dict(plan.chunks)
         sampled = np.array([maker.rng.randrange(500) for _ in got.sample_rows_S], dtype=np.int64)
@@ -143,7 +177,7 @@ def test_a_thousand_plans_leave_the_batch_that_building_it_anew_gives():
 
 def test_tokens_are_sampled_only_where_the_prompt_ends():
     batch = PersistentBatch(2, MAX_LEN, BLOCK)
-    join = Join(RequestId("a"), (5, 6, 7), 0, (BlockGroup(9, 1),), SamplingParams(max_tokens=2))
+    join = Join(RequestId("a"), (5, 6, 7), 3, 0, (BlockGroup(9, 1),), SamplingParams(max_tokens=2))
     first = batch.apply(StepPlan(step_id=0, joins=(join,), chunks=(Chunk(RequestId("a"), 2),)))
     assert first.sample_rows_S.size == 0
     second = batch.apply(StepPlan(step_id=1))

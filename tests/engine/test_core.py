@@ -128,6 +128,6 @@ def test_queue_time_is_measured_on_the_schedulers_clock():
     while not any(event.request_id == "b" for r in reports for event in r.finished):
         core.turn()
         clock.sleep(1.0)
-    (b,) = [event for r in reports for event in r.finished if event.request_id == "b"]
+    (b,) = [event for r in reports for event in r.started if event.request_id == "b"]
     assert b.queue_s == 2.0
     assert isinstance(reports[0], StepEvents)

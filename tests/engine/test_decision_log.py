@@ -10,6 +10,8 @@ import pytest
 from engine.core import EngineCore
 from engine.decision_log import RecordingScheduler, replay
 from engine.messages import Abort, Submit
+from scheduler.instance.plan import StepResult
+from scheduler.request import InvariantError
 from scheduler.types import RequestId
 from tests.factories import VOCAB_SIZE, make_config, make_executor, make_geometry, make_spec
 
@@ -67,6 +69,54 @@ def test_a_changed_decision_is_found(tmp_path):
     path.write_bytes(b"".join(lines))
     differences = [answer for answer in replay(path) if answer]
     assert [difference.line for difference in differences] == [index + 1]
+
+
+def test_decisions_of_another_state_are_compared_until_one_raises(tmp_path):
+    path = tmp_path / "log"
+    lines = record(seed=3, depth=1).splitlines(keepends=True)
+    lines[0] = lines[0].replace(b'"max_num_running":4', b'"max_num_running":3')
+    path.write_bytes(b"".join(lines))
+    answers = list(replay(path))
+    differences = [answer for answer in answers if answer]
+    assert differences
+    assert b"raised" in differences[-1].replayed
+    assert len(answers) < len(lines) - 1
+
+
+def test_what_raises_is_written_down_and_raises_again(tmp_path):
+    file = io.BytesIO()
+    scheduler = RecordingScheduler(make_config(), make_geometry(), file)
+    scheduler.add(make_spec("a"), 0.0)
+    with pytest.raises(InvariantError):
+        scheduler.complete_step(StepResult(step_id=7, sampled=()))
+    assert (
+        file.getvalue()
+        .splitlines()[-1]
+        .endswith(b'{"raised":"InvariantError: step 7 is not in flight"}]')
+    )
+    path = tmp_path / "log"
+    path.write_bytes(file.getvalue())
+    assert list(replay(path)) == [None, None]
+
+
+def test_a_full_disk_ends_the_log_and_not_the_instance():
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.getvalue():
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    scheduler = RecordingScheduler(make_config(), make_geometry(), Full())
+    assert scheduler.add(make_spec("a"), 0.0) is None
+    assert scheduler.plan_step(0.0) is not None
+
+
+def test_a_second_beginning_is_refused(tmp_path):
+    path = tmp_path / "log"
+    log = record(seed=3, depth=1)
+    path.write_bytes(log + log)
+    with pytest.raises(ValueError, match="begins another log"):
+        list(replay(path))
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):

@@ -65,17 +65,21 @@ def plans_of(requests: str) -> Iterator[StepPlan]:
             known = behind + (step == 2 and behind - first > 1)
             groups = tuple(BlockGroup(ord(name) - ord("a") + 6 * i, 1) for i in range(10))
             params = SamplingParams(max_tokens=99, temperature=0.0)
-            joins.append(Join(RequestId(name), tokens[name][:known], first, groups, params))
+            joins.append(Join(RequestId(name), tokens[name][:known], 1, first, groups, params))
             if behind - first > 1:
                 chunks.append(Chunk(RequestId(name), behind - first))
         leaves = tuple(map(RequestId, requests)) if step else ()
         yield StepPlan(step_id=step, leaves=leaves, joins=tuple(joins), chunks=tuple(chunks))
 
 
-def make_attention(model: DenseSlices) -> ReferenceAttention:
+def make_cache(model: DenseSlices) -> KVCache:
     block_bytes = BLOCK_SIZE * model.shape.kv_token_bytes
     geometry = KVGeometry(block_size=BLOCK_SIZE, num_blocks=60, block_bytes=block_bytes)
-    return ReferenceAttention(KVCache(model.shape, geometry), model.shape.device)
+    return KVCache(model.shape, geometry)
+
+
+def make_attention(model: DenseSlices) -> ReferenceAttention:
+    return ReferenceAttention(make_cache(model), model.shape.device)
 
 
 def make_batch() -> PersistentBatch:
@@ -90,7 +94,9 @@ def run_together(model: DenseSlices, requests: str) -> Logits:
         logits.append(logits_SV)
         return logits_SV.argmax(dim=1)
 
-    executor = SequentialExecutor(model, make_attention(model), make_batch(), sampler=note)
+    cache = make_cache(model)
+    attention = ReferenceAttention(cache, model.shape.device)
+    executor = SequentialExecutor(model, attention, cache, make_batch(), sampler=note)
     for plan in plans_of(requests):
         executor.submit(plan)
         executor.poll()

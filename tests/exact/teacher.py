@@ -131,9 +131,8 @@ def play(
         for event in scheduler.complete_step(executor.poll()):
             if isinstance(event, TokenEvent):
                 played.tokens[int(event.request_id)].append(event.token_id)
-            else:
-                assert isinstance(event, FinishedEvent)
-                assert event.reason is FinishReason.LENGTH
+            elif isinstance(event, FinishedEvent):
+                assert event.reason is FinishReason.LENGTH, event.error
         played.num_steps += 1
         played.num_mixed_steps += 0 < len(plan.chunks) < num_running
         played.max_num_running = max(played.max_num_running, num_running)
@@ -169,9 +168,11 @@ def _instance(
         max_num_batched_tokens=stage.budget,
         max_num_running=stage.max_num_running,
     )
+    cache = KVCache(model.shape, geometry)
     executor = SequentialExecutor(
         model,
-        ReferenceAttention(KVCache(model.shape, geometry), model.shape.device),
+        ReferenceAttention(cache, model.shape.device),
+        cache,
         PersistentBatch(stage.max_num_running, max_model_len, stage.block_size),
         sampler=sampler,
     )

@@ -1,14 +1,50 @@
-"""The one law, with the checksum executor: any company, chunking and preemption, same tokens."""
+"""The one law, with the checksum executor: any company, chunks, sharing and faults, same tokens."""
 
 from __future__ import annotations
 
-from tests.properties.law import check_law
+import os
+import time
+from itertools import count
 
-NUM_SCHEDULES = 500
+from scheduler.types import FinishReason
+from tests.properties.law import Player, Schedule, check_law, solo
+from tests.properties.oracle import tokens_alone
+
+# So many schedules at least, and as many as half a minute allows; a number that is given is exact.
+NUM_SCHEDULES = int(os.environ.get("HOCKET_SCHEDULES", "500"))
+SECONDS = 0 if "HOCKET_SCHEDULES" in os.environ else 30
 
 
-def test_tokens_equal_the_solo_run_in_500_random_schedules():
-    outcomes = [check_law(seed) for seed in range(NUM_SCHEDULES)]
+def test_tokens_equal_the_solo_run_in_random_schedules(capsys):
+    outcomes, end_s = [], time.monotonic() + SECONDS
+    for seed in count():
+        if seed >= NUM_SCHEDULES and time.monotonic() >= end_s:
+            break
+        outcomes.append(check_law(seed))
+    num = len(outcomes)
+    with capsys.disabled():
+        print(f" {num} random schedules ", end="")
     # The schedules must really have been hostile, or the law was not tested.
-    assert sum(outcome.num_preemptions for outcome in outcomes) > NUM_SCHEDULES
-    assert sum("abort" in outcome.finished.values() for outcome in outcomes) > NUM_SCHEDULES / 10
+    assert sum(outcome.num_preemptions for outcome in outcomes) > num / 2
+    assert sum(outcome.count(FinishReason.ABORT) > 0 for outcome in outcomes) > num / 20
+    assert sum(outcome.count(FinishReason.ERROR) > 0 for outcome in outcomes) > num / 10
+    assert sum(sum(outcome.cached.values()) > 0 for outcome in outcomes) > num / 4
+    assert sum(outcome.num_copies for outcome in outcomes) > num / 10
+
+
+def test_blocks_to_be_cleared_are_had_by_the_plan_that_preempts_for_them():
+    check_law(
+        1_008_955
+    )  # met once in 30,000: a high rank takes the room of one that shared with a NaN
+
+
+def test_the_oracle_says_what_a_request_says_that_runs_alone():
+    specs = [spec for seed in range(60) for spec in Schedule.draw(seed).specs]
+    assert len(specs) > 300
+    for spec in specs:
+        assert tokens_alone(spec) == solo(spec)
+
+
+def test_the_same_seed_makes_the_same_decisions_to_the_byte():
+    for seed in range(20):
+        assert Player(seed).play().log_hash == Player(seed).play().log_hash

@@ -77,6 +77,25 @@ def test_a_cancelled_request_keeps_its_place_until_its_instance_says_so():
     assert isinstance(arrive(cluster, "r1"), Dispatch)
 
 
+def test_what_counts_of_a_complete_text_goes_along():
+    cluster = make_cluster(A)
+    arrive(cluster, "r0")
+    assert cluster.handle(Cancelled(RequestId("r0"), 5), 0.0) == [Abort(RequestId("r0"), A, 5)]
+
+
+def test_the_state_is_plain_data():
+    cluster = make_cluster(A, B)
+    arrive(cluster, "r0")
+    assert cluster.is_up(A)
+    cluster.handle(InstanceDown(B), 0.0)
+    assert not cluster.is_up(B)
+    assert cluster.state() == {
+        "draining": False,
+        "instances": {"a": {"num_assigned": 1, "max_requests": 2}},
+        "assigned": {"r0": "a"},
+    }
+
+
 def test_a_lost_instance_fails_what_it_ran_and_nothing_else():
     cluster = make_cluster(A, B)
     for name in ("r0", "r1", "r2"):

@@ -5,16 +5,32 @@ from __future__ import annotations
 import pytest
 
 from scheduler.config import InstanceConfig
-from scheduler.instance.batching import admission_policy
-from scheduler.instance.plan import Chunk, SampledToken, StepResult
+from scheduler.instance.batching import rank_policy
+from scheduler.instance.plan import Chunk, Failure, SampledToken, StepResult
+from scheduler.instance.preemption import newest
 from scheduler.request import TRANSITIONS, InvariantError, Request, RequestState, Transition
-from scheduler.types import FinishedEvent, FinishReason, RejectReason, RequestId, TokenEvent
+from scheduler.types import (
+    FinishedEvent,
+    FinishReason,
+    RejectReason,
+    RequestId,
+    StartedEvent,
+    TokenEvent,
+)
 from tests.factories import make_scheduler, make_spec
 
 
 def finish_step(scheduler, plan, **tokens):
+    """Return the events of a step that sampled these tokens, the starts left out."""
     sampled = tuple(SampledToken(RequestId(name), token) for name, token in tokens.items())
-    return scheduler.complete_step(StepResult(step_id=plan.step_id, sampled=sampled))
+    events = scheduler.complete_step(StepResult(step_id=plan.step_id, sampled=sampled))
+    return [event for event in events if not isinstance(event, StartedEvent)]
+
+
+def failed(plan, *names):
+    """Return the result of a step in which these requests failed."""
+    failures = tuple(Failure(RequestId(name), "a bad row") for name in names)
+    return StepResult(step_id=plan.step_id, sampled=(), failures=failures)
 
 
 def test_a_prompt_longer_than_the_budget_is_computed_in_chunks():
@@ -90,8 +106,20 @@ def test_a_preempted_request_keeps_its_place_before_later_ones():
     assert [join.request_id for join in scheduler.plan_step(0.0).joins] == ["b", "c"]
 
 
+def test_who_was_preempted_so_often_that_its_blocks_are_reserved_does_not_give_way():
+    requests = [Request(make_spec(name), 0, 0.0) for name in ("a", "b", "c")]
+    for request, num_preemptions in zip(requests, (0, 1, 2), strict=True):
+        request.num_preemptions = num_preemptions
+    a, b, c = requests
+    assert newest([a, b, c], 3) is c
+    assert newest([a, b, c], 2) is b
+    assert newest([a, b, c], 1) is a
+    with pytest.raises(InvariantError, match="a lacks blocks that were reserved for it"):
+        newest([a, b, c], 0)
+
+
 def test_a_newcomer_leaves_those_who_run_a_block_each_to_grow():
-    scheduler = make_scheduler(num_blocks=4)
+    scheduler = make_scheduler(num_blocks=4, prefix_caching=False)
     scheduler.add(make_spec("a", range(5), max_tokens=8), 0.0)
     finish_step(scheduler, scheduler.plan_step(0.0), a=1)
     scheduler.add(make_spec("b", range(5), max_tokens=2), 0.0)
@@ -113,6 +141,15 @@ def test_stop_tokens_and_length_end_a_request():
     assert not scheduler.has_work
     assert scheduler.plan_step(0.0) is None
     assert scheduler.view().num_free_blocks == scheduler.view().num_blocks
+
+
+def test_a_stop_token_before_min_tokens_does_not_end_a_request():
+    scheduler = make_scheduler()
+    scheduler.add(make_spec("a", stop_token_ids=(9,), min_tokens=2), 0.0)
+    for index in range(2):
+        assert finish_step(scheduler, scheduler.plan_step(0.0), a=9) == [TokenEvent("a", index, 9)]
+    events = finish_step(scheduler, scheduler.plan_step(0.0), a=9)
+    assert events == [TokenEvent("a", 2, 9), FinishedEvent("a", FinishReason.STOP)]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +198,28 @@ def test_an_id_that_is_used_again_gets_no_token_of_its_past_life():
     assert finish_step(scheduler, new, a=2) == [TokenEvent("a", 0, 2)]
 
 
+def test_an_id_that_is_used_again_is_not_ended_by_a_failure_of_its_past_life():
+    scheduler = make_scheduler()
+    scheduler.add(make_spec("a"), 0.0)
+    old = scheduler.plan_step(0.0)
+    scheduler.abort(RequestId("a"))
+    scheduler.add(make_spec("a", (7, 8)), 0.0)
+    assert scheduler.complete_step(failed(old, "a")) == []
+    assert finish_step(scheduler, scheduler.plan_step(0.0), a=2) == [TokenEvent("a", 0, 2)]
+
+
+def test_a_failure_after_the_end_is_not_told_but_its_blocks_are_cleared():
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.add(make_spec("a", range(6)), 0.0)
+    plan = scheduler.plan_step(0.0)
+    (join,) = plan.joins
+    scheduler.abort(RequestId("a"))
+    assert scheduler.complete_step(failed(plan, "a")) == []
+    assert scheduler.view().num_failures == 0
+    scheduler.add(make_spec("b", range(6)), 0.0)
+    assert scheduler.plan_step(0.0).clears == join.groups
+
+
 def test_a_surplus_token_is_neither_shown_nor_counted():
     scheduler = make_scheduler(num_blocks=16)
     scheduler.add(make_spec("a", stop_token_ids=(9,)), 0.0)
@@ -186,7 +245,7 @@ def test_nothing_is_planned_beyond_the_last_token():
 
 def test_planning_ahead_waits_for_blocks_that_are_coming():
     # 5 blocks of 4 slots: b takes the last one in its second step, a needs it in its fifth.
-    scheduler = make_scheduler(num_blocks=5, max_num_running=2)
+    scheduler = make_scheduler(num_blocks=5, max_num_running=2, prefix_caching=False)
     scheduler.add(make_spec("a", range(9), max_tokens=8), 0.0)
     scheduler.add(make_spec("b", range(4), max_tokens=8), 0.0)
     in_flight = [scheduler.plan_step(0.0)]
@@ -233,5 +292,5 @@ def test_settings_that_cannot_work_are_refused():
         InstanceConfig(max_model_len=8, max_num_batched_tokens=4, max_num_running=5)
     with pytest.raises(ValueError, match="max_model_len must be at least 1"):
         InstanceConfig(max_model_len=0)
-    with pytest.raises(ValueError, match="unknown policy 'lifo'; known policies: fcfs"):
-        admission_policy("lifo")
+    with pytest.raises(ValueError, match="unknown policy 'lifo'; known policies: fcfs, priority"):
+        rank_policy("lifo")

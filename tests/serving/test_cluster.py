@@ -8,9 +8,20 @@ import msgspec
 import pytest
 
 from engine.core import EngineCore
-from engine.messages import Abort, Failed, Ready, StepEvents, Stop, Submit
+from engine.messages import Abort, Failed, Inspect, Inspected, Ready, StepEvents, Stop, Submit
 from scheduler.cluster.scheduler import ClusterScheduler
-from scheduler.types import FinishReason, InstanceId, RequestId
+from scheduler.types import (
+    FinishedEvent,
+    FinishReason,
+    InstanceId,
+    Logprobs,
+    PromptLogprobs,
+    RejectedEvent,
+    RejectReason,
+    RequestId,
+    StartedEvent,
+    TokenEvent,
+)
 from serving.cluster import wire
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.inproc import InProcessHandle
@@ -193,6 +204,14 @@ def test_tokens_beyond_a_stop_string_count_for_nothing():
     assert stream.take() is None
 
 
+def test_a_stop_string_before_min_tokens_is_text():
+    stream = make_stream(stops=["A"], min_tokens=2)
+    ids = CODEC.encode("AABAC", add_special_tokens=False)
+    matched = [stream.deliver(index, token) for index, token in enumerate(ids[:4])]
+    assert matched == [False, False, False, True]
+    assert stream.take().text == "AAB"
+
+
 def test_a_lost_token_is_a_broken_invariant():
     stream = make_stream()
     stream.deliver(0, 5)
@@ -209,6 +228,27 @@ def test_the_end_token_has_no_text():
     assert (delta.text, delta.token_ids) == ("A", (33, 34))
 
 
+def test_scores_wait_with_their_text():
+    stream = make_stream(stops=["CD"], logprobs=0)
+    ids = CODEC.encode("ABCEé", add_special_tokens=False)
+    taken = []
+    for index, token in enumerate(ids):
+        stream.deliver(index, token, Logprobs(-1.0 - index))
+        delta = stream.take()
+        taken.append((delta.text, [scored.text_offset for scored in delta.scored]))
+    assert taken == [("A", [0]), ("B", [1]), ("", []), ("CE", [2, 3]), ("", []), ("é", [4, 4])]
+
+
+def test_the_scores_of_a_prompt_come_in_pieces_and_may_repeat():
+    stream = make_stream(prompt=range(6))
+    scores = [Logprobs(-float(i)) for i in range(1, 6)]
+    for start, end in ((1, 3), (1, 2), (2, 5), (5, 6)):
+        stream.take_prompt_logprobs(start, scores[start - 1 : end - 1])
+    assert stream.prompt_logprobs == scores
+    with pytest.raises(AssertionError, match="prompt logprobs from 9, not 6"):
+        stream.take_prompt_logprobs(9, scores)
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"\xc1", msgspec.msgpack.encode(["Submit", 3]), msgspec.msgpack.encode(["No"])]
 )
@@ -218,14 +258,38 @@ def test_bytes_that_are_no_message_are_refused(data):
 
 
 @pytest.mark.parametrize(
-    "command", [Submit(make_spec("a", seed=2**63 - 1)), Abort(RequestId("a")), Stop()]
+    "command",
+    [
+        Submit(make_spec("a", seed=2**63 - 1, logit_bias=((3, -1.5),), bad_token_ids=((1, 2),))),
+        Abort(RequestId("a")),
+        Abort(RequestId("a"), 7),
+        Inspect(3),
+        Stop(),
+    ],
 )
 def test_commands_survive_the_wire(command):
     assert wire.decode_command(wire.encode(command)) == command
 
 
 @pytest.mark.parametrize(
-    "report", [Failed("why"), Ready("m", "float32", "cpu", 256, make_geometry())]
+    "report",
+    [
+        Failed("why"),
+        Ready("m", "float32", "cpu", 256, make_geometry()),
+        Inspected(3, {"waiting": [], "running": {"a": 1}}),
+        StepEvents(
+            started=[StartedEvent(RequestId("a"), 0.5, 16)],
+            prompt_logprobs=[PromptLogprobs(RequestId("a"), 1, (Logprobs(-0.5, ((3, -0.1),)),))],
+            tokens=[
+                TokenEvent(RequestId("a"), 0, 5, Logprobs(-0.1)),
+                TokenEvent(RequestId("b"), 1, 2),
+            ],
+            finished=[FinishedEvent(RequestId("b"), FinishReason.ERROR, 1, "why")],
+            rejected=[RejectedEvent(RequestId("c"), RejectReason.QUEUE_FULL)],
+            view=make_scheduler().view(),
+            step_s=0.1,
+        ),
+    ],
 )
 def test_reports_survive_the_wire(report):
     assert wire.decode_report(wire.encode(report)) == report

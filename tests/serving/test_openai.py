@@ -48,7 +48,12 @@ def test_a_chat_streams_what_it_answers_whole(client):
     assert chunks[0].choices[0].delta.content, "the role comes with the first token"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+    cached = [
+        usage.prompt_tokens_details.cached_tokens for usage in (whole.usage, chunks[-1].usage)
+    ]
+    assert cached == [0, whole.usage.prompt_tokens - 1], "the same prompt is computed once"
     assert {c.id for c in chunks} == {chunks[0].id}
 
 
@@ -143,8 +148,8 @@ def test_what_the_window_leaves_is_the_limit(client):
         ({"prompt": [400]}, "prompt"),
         ({"stop": [""]}, "stop"),
         ({"seed": 2**63}, "seed"),
-        ({"logprobs": 2}, "logprobs"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"best_of": 2}, "best_of"),
+        ({"suffix": "."}, "suffix"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )

@@ -82,6 +82,35 @@ def test_the_defaults_are_safe():
     assert config.max_requests == 64 + 512
 
 
+def test_flags_reach_the_engine():
+    config = make_config(ServeFlags(), "m", None, port=1)
+    engine = config.engine
+    assert (engine.policy, engine.prefix_caching, engine.batch_invariant) == ("fcfs", True, False)
+    assert (engine.depth, config.debug_endpoints) == (1, False)
+    flags = ServeFlags(
+        scheduling_policy="priority",
+        prefix_caching=False,
+        batch_invariant=True,
+        depth=2,
+        debug_endpoints=True,
+    )
+    config = make_config(flags, "m", None, port=1)
+    engine = config.engine
+    assert (engine.policy, engine.prefix_caching, engine.batch_invariant) == (
+        "priority",
+        False,
+        True,
+    )
+    assert (engine.depth, config.debug_endpoints) == (2, True)
+
+
+@pytest.mark.parametrize("flag", [("--scheduling-policy", "lifo"), ("--depth", "3")])
+def test_a_flag_with_another_value_is_refused(flag):
+    done = hocket("serve", "--fake", *flag)
+    assert done.returncode == 2
+    assert flag[0] in done.stdout + done.stderr
+
+
 def test_a_port_in_use_is_one_cause_and_one_remedy():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

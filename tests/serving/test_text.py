@@ -7,10 +7,12 @@ import random
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from serving.errors import InvalidRequest
 from serving.text.chat import ChatTemplate
 from serving.text.detokenizer import Detokenizer, StopFilter
+from serving.text.pieces import PieceBytes
 from serving.text.tokenizer import FAKE_CHAT_TEMPLATE, FAKE_VOCAB_SIZE, fake_codec
 
 CODEC = fake_codec()
@@ -22,6 +24,30 @@ def test_the_fake_tokenizer_round_trips_any_text():
     assert CODEC.decode(ids) == text
     spoken = CODEC.decode(list(range(FAKE_VOCAB_SIZE)))
     assert spoken == "".join(chr(code) for code in range(32, 127)), "96 ids: ASCII and the end"
+
+
+def test_the_bytes_of_tokens_join_to_the_text():
+    text = "Héllo 🐦\n\ttabs, «quotes» and 漢字"
+    pieces = [CODEC.token_bytes(token) for token in CODEC.encode(text, add_special_tokens=False)]
+    assert b"".join(pieces) == text.encode()
+    (eos,) = CODEC.eos_token_ids
+    assert CODEC.token_bytes(eos) == b"<|im_end|>"
+    assert CODEC.token_bytes(CODEC.vocab_size) is None
+
+
+def test_pieces_of_a_sentencepiece_vocabulary_are_read_as_bytes():
+    vocab = {"▁Once": 0, "upon": 1, "<0xF0>": 2, "<unk>": 3}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    pieces = PieceBytes(tokenizer)
+    assert [pieces.of(token) for token in range(5)] == [b" Once", b"upon", b"\xf0", b"<unk>", None]
+
+
+def test_a_vocabulary_of_words_is_decoded():
+    tokenizer = Tokenizer(models.WordLevel(vocab={"once": 0}, unk_token="once"))
+    assert PieceBytes(tokenizer).of(0) == b"once"
 
 
 @given(st.text(max_size=40))
