@@ -101,10 +101,9 @@ class InvariantAttention:
     def attend(
         self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, prepared: Prepared
     ) -> Tensor:
-        key_cache, value_cache = self._cache.layer(layer)
-        at = (prepared.write_blocks_T, slice(None), prepared.write_offsets_T)
-        key_cache[at] = k_TGD
-        value_cache[at] = v_TGD
+        key_cache, value_cache = self._cache.write(
+            layer, prepared.write_blocks_T, prepared.write_offsets_T, k_TGD, v_TGD
+        )
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         for group in prepared.groups:
             q_XCHD = q_THD[group.tokens_XC].to(torch.float32).mul_(self._scale)

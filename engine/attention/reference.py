@@ -85,10 +85,9 @@ class ReferenceAttention:
     def attend(
         self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, prepared: Prepared
     ) -> Tensor:
-        key_cache, value_cache = self._cache.layer(layer)
-        at = (prepared.write_blocks_T, slice(None), prepared.write_offsets_T)
-        key_cache[at] = k_TGD
-        value_cache[at] = v_TGD
+        key_cache, value_cache = self._cache.write(
+            layer, prepared.write_blocks_T, prepared.write_offsets_T, k_TGD, v_TGD
+        )
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         for s in prepared.singles:
             k_RGCD, v_RGCD = (

@@ -2,6 +2,8 @@
 
 Layout `[block, layer, k|v, kv_head, slot, head_dim]`: a block group is one contiguous range of
 bytes, so a swap or a migration of a group is one copy; attention sees a strided view per layer.
+
+Shape legend: T tokens, G key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -58,6 +60,16 @@ class KVCache:
         """Copy the first tokens of blocks, in order."""
         for source, target, num_tokens in copies:
             self._kv[target, ..., :num_tokens, :] = self._kv[source, ..., :num_tokens, :]
+
+    def write(
+        self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TGD: Tensor, v_TGD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put each token's key and value into its slot; return the views of `layer`."""
+        key_cache, value_cache = self.layer(layer)
+        at = (blocks_T, slice(None), offsets_T)
+        key_cache[at] = k_TGD
+        value_cache[at] = v_TGD
+        return key_cache, value_cache
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return views of the keys and the values, each [block, kv_head, slot, head_dim]."""

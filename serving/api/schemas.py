@@ -69,10 +69,6 @@ class _Generation(BaseModel):
             return []
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
-    def num_logprobs(self) -> int | None:
-        """Return how many of the likeliest tokens each position shows; None for no scores."""
-        raise NotImplementedError
-
     def asked_max_tokens(self) -> int | None:
         return self.max_tokens
 
@@ -94,6 +90,7 @@ class CompletionRequest(_Generation):
     echo: bool | None = None
 
     def num_logprobs(self) -> int | None:
+        """Return how many of the likeliest tokens each position shows; None for no scores."""
         return self.logprobs
 
     def echoes_only(self) -> bool:
@@ -138,6 +135,7 @@ class ChatRequest(_Generation):
     top_logprobs: NumLogprobs | None = None
 
     def num_logprobs(self) -> int | None:
+        """Return how many of the likeliest tokens each position shows; None for no scores."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def asked_max_tokens(self) -> int | None:

@@ -74,6 +74,7 @@ class ScriptedHandle:
         self.commands = []
         self.specs = {}
         self.answers_inspections = True
+        self.was_inspected = asyncio.Event()
         self._script_of = script_of
         self._tasks = {}
 
@@ -90,8 +91,10 @@ class ScriptedHandle:
                 self._tasks[spec.request_id] = asyncio.ensure_future(self._run(spec))
             case Abort(request_id):
                 self._tasks[request_id].cancel()
-            case Inspect(number) if self.answers_inspections:
-                self._report(Inspected(number, {"num_requests": len(self.specs)}))
+            case Inspect(number):
+                self.was_inspected.set()
+                if self.answers_inspections:
+                    self._report(Inspected(number, {"num_requests": len(self.specs)}))
 
     def fail(self):
         self._report(Failed("the device is gone"))

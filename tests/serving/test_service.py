@@ -179,7 +179,7 @@ def test_a_lost_instance_keeps_nobody_waiting():
     async def scenario(server):
         server.handle.answers_inspections = False
         waiting = asyncio.ensure_future(server.get("/debug/state"))
-        await asyncio.sleep(0.01)
+        await server.handle.was_inspected.wait()
         server.handle.fail()
         assert (await waiting).json()["instances"] == {"i0": None}
         assert (await server.get("/debug/state")).json()["instances"] == {"i0": None}
