@@ -40,8 +40,8 @@ class Request:
     """One generation in progress.
 
     `num_scheduled` counts the tokens whose keys and values are computed or on their way in a
-    planned step; `num_pending` counts the tokens that planned steps will sample but have not
-    reported yet.
+    planned step. Once it has passed the known tokens, the difference is what planned steps will
+    sample and have not reported yet.
 
     A running request is in the executor's set (`in_batch`) unless it rests: its last token is on
     its way, or it waits for blocks that a step in flight still holds.
@@ -58,7 +58,6 @@ class Request:
         "last_step_id",
         "max_num_tokens",
         "num_cached_tokens",
-        "num_pending",
         "num_preemptions",
         "num_published_blocks",
         "num_scheduled",
@@ -85,7 +84,7 @@ class Request:
         self.num_tokens = len(spec.prompt_token_ids)
         # Tokens that it can have computed in the end: the last one is sampled only.
         self.max_num_tokens = len(spec.prompt_token_ids) + spec.params.max_tokens - 1
-        self.num_slots = 0  # tokens that its blocks have room for
+        self.num_slots = 0  # tokens that its blocks have room for, of those that it can compute
         self.rank = 0  # strictly before every larger one; given by the policy
         self.admission = -1  # counts admissions at this instance
         self.block_keys: list[bytes] = []  # of its full blocks, as far as they were asked for
@@ -95,7 +94,6 @@ class Request:
         self.num_cached_tokens = 0  # of the prompt, when it was first admitted
         self.num_scored_tokens = 0  # of the prompt, whose logprobs were reported
         self.num_scheduled = 0
-        self.num_pending = 0
         self.num_preemptions = 0
         self.born_step_id = 0  # no earlier step knows it; another may have had its id
         self.last_step_id = -1  # the last planned step that computes some of it
@@ -109,15 +107,19 @@ class Request:
         return self.spec.request_id
 
     @property
+    def num_pending(self) -> int:
+        """Tokens that planned steps will sample but have not reported yet."""
+        return max(0, self.num_scheduled + 1 - self.num_tokens)
+
+    @property
     def num_to_compute(self) -> int:
         """Tokens that a next step could compute, those to be sampled by planned steps included."""
-        return self.num_tokens + self.num_pending - self.num_scheduled
+        return max(1, self.num_tokens - self.num_scheduled)
 
     def append(self, token_id: int) -> None:
         """A token that was sampled is known now."""
         self.output_token_ids.append(token_id)
         self.num_tokens += 1
-        self.num_pending -= 1
 
     def tokens_between(self, start: int, end: int) -> tuple[int, ...]:
         """Return the known tokens [start, end)."""

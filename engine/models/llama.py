@@ -92,7 +92,7 @@ class _Weights:
     embedding_VE: Tensor
     layers: list[_Layer]
     norm_E: Tensor
-    head_VE: Tensor
+    head_VE: Tensor  # in fp32, see `LlamaSlices.last`
 
 
 def load(
@@ -127,11 +127,12 @@ def load(
         )
 
     embedding = take("model.embed_tokens", c.vocab_size, e)
+    head = embedding if c.tied else take("lm_head", c.vocab_size, e)
     weights = _Weights(
         embedding_VE=embedding,
         layers=[layer(index) for index in range(c.num_layers)],
         norm_E=take("model.norm", e),
-        head_VE=embedding if c.tied else take("lm_head", c.vocab_size, e),
+        head_VE=head.to(torch.float32),
     )
     checkpoint.finish(
         unused=lambda name: "rotary_emb.inv_freq" in name or (c.tied and name == "lm_head.weight")
@@ -179,7 +180,10 @@ class LlamaSlices:
         residual_SE = self._finish(
             self.shape.num_layers - 1, carry.residual_TE[tokens_S], attended_THD[tokens_S]
         )
-        return self._linear(self._norm(residual_SE, self._weights.norm_E), self._weights.head_VE)
+        hidden_SE = self._norm(residual_SE, self._weights.norm_E)
+        # Logits in bfloat16 lie up to 1/8 apart: the likeliest tokens would often be equal, and the
+        # lowest id win over the better token.
+        return self._linear(hidden_SE.to(torch.float32), self._weights.head_VE)
 
     def _project(self, layer: int, carry: Carry) -> Projected:
         """Norm, q, k, v, RoPE."""

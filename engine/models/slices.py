@@ -68,5 +68,5 @@ class DenseSlices(Protocol):
         ...
 
     def last(self, carry: Carry, attended_THD: Tensor, tokens_S: Tensor) -> Tensor:
-        """Finish layer L - 1 and return logits_SV of the tokens with these indices into T."""
+        """Finish layer L - 1 and return fp32 logits_SV of the tokens with these indices into T."""
         ...

@@ -7,6 +7,7 @@ blocks last, and takes them from running requests of a lower rank if it must.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from scheduler.config import InstanceConfig
@@ -110,23 +111,21 @@ class Planner:
 
         Nearly every request of nearly every step passes here, and the plan says nothing of it.
         """
-        running = self._queues.running
-        while index < len(running):
+        running, step_id = self._queues.running, self.next_step_id
+        end = len(running) if head is None else bisect_right(running, head.rank, index, key=_rank)
+        start = index
+        while index < end:
             request = running[index]
             num_scheduled = request.num_scheduled
             if (
-                not request.in_batch
-                or num_scheduled >= request.num_slots
-                or num_scheduled >= request.max_num_tokens
-                or request.num_tokens + request.num_pending - num_scheduled != 1
-                or _outranks(head, request)
+                not request.num_tokens <= num_scheduled + 1 <= request.num_slots
+                or not request.in_batch
             ):
                 break
-            request.num_pending += 1
             request.num_scheduled = num_scheduled + 1
-            request.last_step_id = self.next_step_id
-            draft.num_tokens_left -= 1
+            request.last_step_id = step_id
             index += 1
+        draft.num_tokens_left -= index - start
         return index
 
     def _plan_running(self, index: int, draft: _Draft) -> int:
@@ -256,7 +255,8 @@ class Planner:
         """Get blocks for so many of the request's tokens; None, and no change, if they lack."""
         groups = self._kv.cover(request.request_id, num_tokens, request.max_num_tokens)
         if groups is not None:
-            request.num_slots = self._kv.num_slots(request.request_id)
+            num_slots = self._kv.num_slots(request.request_id)
+            request.num_slots = min(num_slots, request.max_num_tokens)
         return groups
 
     def _join(self, request: Request, draft: _Draft) -> None:
@@ -277,13 +277,15 @@ class Planner:
             raise InvariantError(f"running request {request.request_id} has nothing to compute")
         if num_tokens > 1:
             draft.chunks.append(Chunk(request.request_id, num_tokens))
-        if num_tokens == request.num_to_compute:
-            request.num_pending += 1
-        else:
+        if num_tokens < request.num_to_compute:
             draft.progress.append((request, request.num_scheduled + num_tokens))
         request.num_scheduled += num_tokens
         request.last_step_id = self.next_step_id
         draft.num_tokens_left -= num_tokens
+
+
+def _rank(request: Request) -> int:
+    return request.rank
 
 
 def _outranks(head: Request | None, request: Request) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from scheduler.config import InstanceConfig
 from scheduler.kv.manager import Hit, KVManager
-from scheduler.kv.prefix import Key, next_key, root_key
+from scheduler.kv.prefix import Key, next_key, next_keys, root_key
 from scheduler.request import Request
 
 
@@ -94,9 +94,8 @@ class RequestPrefixes:
         if len(keys) < num_blocks:
             size = self._block_size
             parent = keys[-1] if keys else self._root(request)
-            for index in range(len(keys), num_blocks):
-                parent = next_key(parent, request.tokens_between(index * size, (index + 1) * size))
-                keys.append(parent)
+            behind = request.tokens_between(len(keys) * size, num_blocks * size)
+            keys += next_keys(parent, behind, size)
         return keys[:num_blocks] if len(keys) > num_blocks else keys
 
     def _tail(self, request: Request) -> Key | None:

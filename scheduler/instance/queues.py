@@ -6,7 +6,7 @@ running are let go here, at once or when the steps in flight that touch them hav
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 
 from scheduler.instance.batching import running_order, waiting_order
 from scheduler.instance.prefixes import RequestPrefixes
@@ -55,12 +55,10 @@ class Queues:
     def preempt(self, request: Request) -> None:
         """Drop what a running request has computed; it keeps its tokens and waits."""
         request.move(Transition.PREEMPT)
-        self.running.remove(request)
-        self.rest(request)
-        self._release(request)
+        self._stop(request)
         # What steps in flight sample for it is dropped; it will be drawn again, and be the same.
         request.ignore_through_step = request.last_step_id
-        request.num_scheduled = request.num_pending = request.num_slots = 0
+        request.num_scheduled = request.num_slots = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._enqueue(request)
@@ -68,21 +66,22 @@ class Queues:
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request, in whatever state."""
         if request.state is RequestState.RUNNING:
-            self.running.remove(request)
-            self.rest(request)
+            self._stop(request)
         else:
             self.waiting.remove(request)
             self.num_waiting_tokens -= request.num_tokens
         request.move(Transition.FINISH)
         request.finish_reason = reason
         del self.requests[request.request_id]
-        self._release(request)
 
     def _enqueue(self, request: Request) -> None:
         insort(self.waiting, request, key=waiting_order)
         self.num_waiting_tokens += request.num_tokens
 
-    def _release(self, request: Request) -> None:
+    def _stop(self, request: Request) -> None:
+        """A running request computes no more; it lets go of what it has."""
+        del self.running[bisect_left(self.running, running_order(request), key=running_order)]
+        self.rest(request)
         self._prefixes.end(request)
         if request.last_step_id in self.in_flight:
             self._kv.retire(request.request_id, request.last_step_id)

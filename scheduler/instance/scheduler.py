@@ -21,7 +21,7 @@ from typing import Any
 from scheduler.config import InstanceConfig
 from scheduler.instance.batching import rank_policy
 from scheduler.instance.inspect import describe_plan, describe_request
-from scheduler.instance.plan import Failure, SampledToken, StepPlan, StepResult
+from scheduler.instance.plan import Failure, StepPlan, StepResult
 from scheduler.instance.planner import Planner
 from scheduler.instance.prefixes import RequestPrefixes
 from scheduler.instance.queues import Queues
@@ -116,10 +116,7 @@ class InstanceScheduler:
             request = self._computed_by(result.step_id, scores.request_id)
             if request is not None:
                 _take_scores(request, scores, events)
-        for sampled in result.sampled:
-            request = self._computed_by(result.step_id, sampled.request_id)
-            if request is not None:
-                self._take_token(request, sampled, events)
+        self._take_tokens(result, events)
         for request, num_computed_tokens in progress:
             if self._computed_by(result.step_id, request.request_id) is request:
                 self._prefixes.publish(request, num_computed_tokens)
@@ -192,30 +189,27 @@ class InstanceScheduler:
         request = self._queues.requests.get(request_id)
         return request if request is not None and step_id > request.ignore_through_step else None
 
-    def _take_token(
-        self, request: Request, sampled: SampledToken, events: list[RequestEvent]
-    ) -> None:
-        if request.num_pending < 1:
-            raise InvariantError(f"request {request.request_id} was to sample nothing")
-        params = request.spec.params
-        if not request.output_token_ids or not request.num_tokens % self._kv.geometry.block_size:
-            self._prefixes.publish(request, request.num_tokens)
-        if not request.output_token_ids:
-            assert request.queue_s is not None
-            events.append(
-                StartedEvent(request.request_id, request.queue_s, request.num_cached_tokens)
-            )
-        request.append(sampled.token_id)
-        num_output_tokens = len(request.output_token_ids)
-        events.append(
-            TokenEvent(
-                request.request_id, num_output_tokens - 1, sampled.token_id, sampled.logprobs
-            )
-        )
-        if sampled.token_id in params.stop_token_ids and num_output_tokens > params.min_tokens:
-            events.append(self._finish(request, FinishReason.STOP))
-        elif num_output_tokens >= params.max_tokens:
-            events.append(self._finish(request, FinishReason.LENGTH))
+    def _take_tokens(self, result: StepResult, events: list[RequestEvent]) -> None:
+        block_size = self._kv.geometry.block_size
+        for request_id, token_id, logprobs in result.sampled:
+            request = self._computed_by(result.step_id, request_id)
+            if request is None:
+                continue
+            if request.num_scheduled < request.num_tokens:
+                raise InvariantError(f"request {request_id} was to sample nothing")
+            output_token_ids = request.output_token_ids
+            if not output_token_ids or not request.num_tokens % block_size:
+                self._prefixes.publish(request, request.num_tokens)
+            if not output_token_ids:
+                assert request.queue_s is not None
+                events.append(StartedEvent(request_id, request.queue_s, request.num_cached_tokens))
+            events.append(TokenEvent(request_id, len(output_token_ids), token_id, logprobs))
+            request.append(token_id)
+            params = request.spec.params
+            if token_id in params.stop_token_ids and len(output_token_ids) > params.min_tokens:
+                events.append(self._finish(request, FinishReason.STOP))
+            elif request.num_tokens > request.max_num_tokens:
+                events.append(self._finish(request, FinishReason.LENGTH))
 
     def _fail(self, failure: Failure, step_id: int, events: list[RequestEvent]) -> None:
         self._kv.taint(failure.request_id)

@@ -175,25 +175,26 @@ class KVManager:
         Returns the blocks added, in order (none when they fit already), or None when blocks lack,
         and then nothing has changed.
         """
-        missing = self.missing_blocks(request_id, num_tokens)
-        if not missing:
+        num_blocks = self.blocks_for(num_tokens)
+        table = self._tables.get(request_id) or BlockTable()
+        missing = num_blocks - len(table.blocks)
+        if missing <= 0:
             return ()
         if missing > self.num_free_blocks:
             return None
-        table = self._tables.setdefault(request_id, BlockTable())
-        num_later = self.blocks_for(max_num_tokens) - self.blocks_for(num_tokens)
-        slack = min(num_later, SLACK_BLOCKS)
+        slack = min(SLACK_BLOCKS, self.blocks_for(max_num_tokens) - num_blocks)
         after = table.end
         if not table.has_own and self._pool.claim_at(after):
             after = None  # the claim of the request that the last block was found at
-        self._make_room(missing, after, slack)
+        if self._pool.length_at(after) < missing:
+            self._make_room(missing, after, slack)
         groups = self._pool.allocate(missing, after, slack)
         if groups is None:
             raise InvariantError(f"{missing} blocks are free and cannot be had")
-        for group in groups:
-            for block in range(group.start, group.end):
-                self._refs[block] = 1
+        self._tables[request_id] = table
         table.extend(groups)
+        for block in table.blocks[-missing:]:
+            self._refs[block] = 1
         return groups
 
     def release(self, request_id: RequestId) -> None:

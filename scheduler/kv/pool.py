@@ -20,12 +20,12 @@ class BlockPool:
     """Hands out block groups: growth in place, then unclaimed runs, then the tails of claims."""
 
     __slots__ = (
-        "_claims_by_length",
-        "_is_claim",
-        "_length_at",
+        "_claims",
+        "_is_free",
         "_num_claimed_blocks",
+        "_runs",
         "_runs_by_length",
-        "_starts",
+        "_start_of",
         "num_blocks",
         "num_free_blocks",
         "num_stolen_blocks",
@@ -35,14 +35,14 @@ class BlockPool:
         if num_blocks < 1:
             raise ValueError(f"a pool needs at least one block, not {num_blocks}")
         self.num_blocks = num_blocks
-        self.num_free_blocks = 0
+        self.num_free_blocks = num_blocks
         self.num_stolen_blocks = 0  # taken from claims of others, ever
+        self._is_free = bytearray(b"\1" * num_blocks)  # by block
+        self._claims: dict[int, int] = {}  # start of a claimed run -> its length; last used last
         self._num_claimed_blocks = 0
-        self._length_at: dict[int, int] = {}  # start of a free run -> its length
-        self._is_claim: set[int] = set()  # starts of claimed runs
-        self._starts: list[int] = []  # of all free runs, ascending
+        self._runs: dict[int, int] = {}  # start of an unclaimed run -> its length
         self._runs_by_length: list[tuple[int, int]] = []  # (length, start) ascending, unclaimed
-        self._claims_by_length: list[tuple[int, int]] = []
+        self._start_of: dict[int, int] = {}  # end of a run or claim -> its start
         self._insert(0, num_blocks)
 
     def allocate(
@@ -60,7 +60,8 @@ class BlockPool:
         if num_blocks > self.num_free_blocks:
             return None
         groups: list[BlockGroup] = []
-        if after in self._length_at:
+        if self.length_at(after):
+            assert after is not None
             groups.append(self._take_head(after, num_blocks))
             num_blocks -= groups[-1].num_blocks
         while num_blocks:
@@ -74,34 +75,22 @@ class BlockPool:
     def release(self, group: BlockGroup) -> None:
         """Take a group back, with the claim behind it, and merge it with the runs beside it."""
         start, end = group.start, group.end
-        index = bisect_left(self._starts, start)
-        before = self._starts[index - 1] if index else None
-        behind = self._starts[index] if index < len(self._starts) else None
-        if (
-            group.num_blocks < 1
-            or start < 0
-            or end > self.num_blocks
-            or (before is not None and before + self._length_at[before] > start)
-            or (behind is not None and behind < end)
-        ):
+        if not 0 <= start < end <= self.num_blocks or 1 in self._is_free[start:end]:
             raise InvariantError(f"{group} is not allocated in this pool")
-        while end in self._length_at:  # a claim, and the run behind it
-            end += self._remove(end)
-        if (
-            before is not None
-            and before + self._length_at[before] == start
-            and before not in self._is_claim  # of another, whose table ends there
-        ):
-            self._remove(before)
-            start = before
+        self._is_free[start:end] = b"\1" * (end - start)
+        self.num_free_blocks += end - start
+        end += self._remove(end)  # a claim, or a run
+        end += self._remove(end)  # the run behind the claim
+        before = self._start_of.get(start)
+        if before in self._runs:  # not the claim of another, whose table ends there
+            start -= self._remove(before)
         self._insert(start, end - start)
 
     def unclaim(self, start: int) -> None:
         """Give up the claim that begins at this block, if there is one."""
-        if start in self._is_claim:
+        if start in self._claims:
             end = start + self._remove(start)
-            if end in self._length_at:
-                end += self._remove(end)
+            end += self._remove(end)
             self._insert(start, end - start)
 
     @property
@@ -115,44 +104,51 @@ class BlockPool:
 
     def length_at(self, start: int | None) -> int:
         """Return the length of the free run or claim that begins at this block, 0 without one."""
-        return self._length_at.get(start, 0) if start is not None else 0
+        if start is None:
+            return 0
+        return self._claims.get(start) or self._runs.get(start, 0)
 
     def claim_at(self, start: int | None) -> int:
-        return self.length_at(start) if start in self._is_claim else 0
+        return self._claims.get(start, 0) if start is not None else 0
 
     def free_runs(self) -> tuple[BlockGroup, ...]:
         """Return the free runs by position, claims as runs of their own."""
-        return tuple(BlockGroup(start, self._length_at[start]) for start in self._starts)
+        return tuple(BlockGroup(*run) for run in sorted({**self._runs, **self._claims}.items()))
 
     def claims(self) -> tuple[BlockGroup, ...]:
-        return tuple(BlockGroup(start, self._length_at[start]) for start in sorted(self._is_claim))
+        return tuple(BlockGroup(*run) for run in sorted(self._claims.items()))
 
     def _take_elsewhere(self, num_blocks: int, slack: int) -> BlockGroup:
         if self._runs_by_length:
             index = bisect_left(self._runs_by_length, (num_blocks + slack, 0))
             _, start = self._runs_by_length[min(index, len(self._runs_by_length) - 1)]
             return self._take_head(start, num_blocks)
-        # The far end of the longest claim: its owner keeps room to grow for as long as possible.
-        length, start = self._claims_by_length[-1]
+        # The far end of the claim that was used last: its owner needs it later than all others.
+        start, length = next(reversed(self._claims.items()))
         self._remove(start)
         taken = min(length, num_blocks)
         if taken < length:
             self._insert(start, length - taken, claim=True)
         self.num_stolen_blocks += taken
-        return BlockGroup(start + length - taken, taken)
+        return self._taken(start + length - taken, taken)
 
     def _take_head(self, start: int, num_blocks: int) -> BlockGroup:
-        """Cut up to `num_blocks` blocks off the head of the free run that begins at `start`."""
-        claim = start in self._is_claim
+        """Cut up to `num_blocks` blocks off the head of the run or claim that begins at `start`."""
+        claim = start in self._claims
         length = self._remove(start)
         taken = min(length, num_blocks)
         if taken < length:
             self._insert(start + taken, length - taken, claim=claim)
-        return BlockGroup(start, taken)
+        return self._taken(start, taken)
+
+    def _taken(self, start: int, num_blocks: int) -> BlockGroup:
+        self._is_free[start : start + num_blocks] = bytes(num_blocks)
+        self.num_free_blocks -= num_blocks
+        return BlockGroup(start, num_blocks)
 
     def _claim(self, start: int, num_blocks: int) -> None:
         """Claim the head of the run that begins at `start`, unless there is none or it is one."""
-        if start in self._length_at and start not in self._is_claim:
+        if start in self._runs:
             length = self._remove(start)
             taken = min(length, num_blocks)
             self._insert(start, taken, claim=True)
@@ -160,22 +156,23 @@ class BlockPool:
                 self._insert(start + taken, length - taken)
 
     def _insert(self, start: int, length: int, *, claim: bool = False) -> None:
-        self._length_at[start] = length
-        insort(self._starts, start)
+        self._start_of[start + length] = start
         if claim:
-            self._is_claim.add(start)
+            self._claims[start] = length
             self._num_claimed_blocks += length
-        insort(self._claims_by_length if claim else self._runs_by_length, (length, start))
-        self.num_free_blocks += length
+        else:
+            self._runs[start] = length
+            insort(self._runs_by_length, (length, start))
 
     def _remove(self, start: int) -> int:
-        length = self._length_at.pop(start)
-        del self._starts[bisect_left(self._starts, start)]
-        claim = start in self._is_claim
-        if claim:
-            self._is_claim.remove(start)
+        """Forget the run or claim that begins here; return its length, 0 without one."""
+        length = self._claims.pop(start, 0)
+        if length:
             self._num_claimed_blocks -= length
-        by_length = self._claims_by_length if claim else self._runs_by_length
-        del by_length[bisect_left(by_length, (length, start))]
-        self.num_free_blocks -= length
+        else:
+            length = self._runs.pop(start, 0)
+            if not length:
+                return 0
+            del self._runs_by_length[bisect_left(self._runs_by_length, (length, start))]
+        del self._start_of[start + length]
         return length

@@ -33,7 +33,18 @@ def root_key(model_revision: str, tenant: str, cache_salt: str) -> Key:
 
 def next_key(parent: Key, token_ids: Sequence[int]) -> Key:
     """Return the key of a block of these tokens behind `parent`."""
-    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+    return next_keys(parent, token_ids, len(token_ids))[0]
+
+
+def next_keys(parent: Key, token_ids: Sequence[int], block_size: int) -> list[Key]:
+    """Return the keys of the full blocks of these tokens behind `parent`."""
+    data = array("q", token_ids).tobytes()
+    size = block_size * array("q").itemsize
+    keys = []
+    for start in range(0, len(data) - size + 1, size):
+        parent = hashlib.sha256(parent + data[start : start + size]).digest()
+        keys.append(parent)
+    return keys
 
 
 class PrefixIndex:
