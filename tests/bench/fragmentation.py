@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -387,12 +388,14 @@ def main() -> None:
     ratio = capacity_ratio(*compare(args.seed, steps=4000))
     print("capacity without a prefix cache: both must decide the same")
     alone = capacity_ratio(*compare(args.seed, steps=2000, prefix_caching=False))
-    for what, value, ok in (
+    checks = (
         (f"mean run of at least {MIN_MEAN_RUN:g} blocks", mean_run, mean_run >= MIN_MEAN_RUN),
         (f"tokens held within {MAX_LOSS:.0%}", ratio, ratio >= 1 - MAX_LOSS),
         ("the same without a prefix cache", alone, alone == 1),
-    ):
+    )
+    for what, value, ok in checks:
         print(f"{'met' if ok else 'MISSED':>6}  {what}: {value:.4f}")
+    sys.exit(not all(ok for *_, ok in checks))
 
 
 if __name__ == "__main__":

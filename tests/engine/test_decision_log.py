@@ -7,12 +7,15 @@ import random
 
 import pytest
 
+from engine.build import CannotStart, StartupTimes, build_engine
+from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.decision_log import RecordingScheduler, replay
 from engine.messages import Abort, Submit
 from scheduler.instance.plan import StepResult
 from scheduler.request import InvariantError
 from scheduler.types import RequestId
+from serving.progress import NoProgress
 from tests.factories import VOCAB_SIZE, make_config, make_executor, make_geometry, make_spec
 
 
@@ -109,6 +112,15 @@ def test_a_full_disk_ends_the_log_and_not_the_instance():
     scheduler = RecordingScheduler(make_config(), make_geometry(), Full())
     assert scheduler.add(make_spec("a"), 0.0) is None
     assert scheduler.plan_step(0.0) is not None
+
+
+def test_a_log_is_never_written_over_an_older_one(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("of the crash that is to be understood")
+    config = EngineConfig(model_name="fake", model_folder=None, decision_log=path)
+    with pytest.raises(CannotStart, match="cannot be written: File exists"):
+        build_engine(config, StartupTimes(NoProgress()), lambda _: None)
+    assert path.read_text() == "of the crash that is to be understood"
 
 
 def test_a_second_beginning_is_refused(tmp_path):
