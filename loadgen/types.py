@@ -7,6 +7,7 @@ clock.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 Prompt = str | tuple[int, ...]  # text, or token ids
 
@@ -88,7 +89,7 @@ class Record:
     def gaps_s(self) -> list[float]:
         """The time between each two events that brought text (inter-token latencies)."""
         times = self.received_at_s
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in pairwise(times)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,179 @@
+"""A server that answers like a model of a given speed and stamps each chunk with its clock.
+
+`hocket bench mock` starts it: to try a client, or a load generator, against latencies that are
+known. While it is frozen its time stands still, but for the stamps: nothing is answered or sent,
+and all that was due is due that much later, as with a process that is stopped for a while.
+
+    POST /v1/completions, /v1/chat/completions (stream or not), GET /v1/models, /health
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+MODEL = "mock"
+_WORD = " word"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MockConfig:
+    """How the server behaves; rates are shares of the requests."""
+
+    ttft_s: float = 0.05
+    itl_s: float = 0.01
+    default_tokens: int = 16  # when a request does not say how many
+    error_rate: float = 0.0
+    error_status: int = 500
+    disconnect_rate: float = 0.0  # in the middle of the answer
+    freeze_at_s: float = 0.0  # after the first request
+    freeze_s: float = 0.0
+    seed: int = 0
+
+
+class Clock:
+    """Time of a server that stands still from `freeze_at_s` on for `freeze_s`.
+
+    Both are counted from the first request, or, before it, from nothing.
+    """
+
+    def __init__(self, config: MockConfig, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._freeze_at_s, self._freeze_s = config.freeze_at_s, config.freeze_s
+        self._zero_s: float | None = None
+
+    def now(self) -> float:
+        """Return the server's time, 0 at the first call."""
+        if self._zero_s is None:
+            self._zero_s = self._monotonic()
+        return self.inner(self._monotonic() - self._zero_s)
+
+    def inner(self, outer_s: float) -> float:
+        """Return the server's time at a real one."""
+        return outer_s - min(max(0.0, outer_s - self._freeze_at_s), self._freeze_s)
+
+    def outer(self, inner_s: float) -> float:
+        """Return the real time by which the server's time has passed `inner_s`."""
+        return inner_s + (self._freeze_s if inner_s >= self._freeze_at_s else 0.0)
+
+    async def until(self, inner_s: float) -> None:
+        """Sleep until this time of the server."""
+        assert self._zero_s is not None
+        delay_s = self._zero_s + self.outer(inner_s) - self._monotonic()
+        if delay_s > 0:
+            await asyncio.sleep(delay_s)
+
+
+class MockServer:
+    """The handlers; `app` is to be served by aiohttp."""
+
+    def __init__(self, config: MockConfig) -> None:
+        self.config = config
+        self.clock = Clock(config, time.monotonic)
+        self.num_requests = 0
+        self._rng = random.Random(config.seed)  # noqa: S311 (which requests fail)
+        self.app = web.Application(client_max_size=64 << 20)
+        self.app.router.add_get("/health", self._health)
+        self.app.router.add_get("/v1/models", self._models)
+        self.app.router.add_post("/v1/completions", self._completions)
+        self.app.router.add_post("/v1/chat/completions", self._chat)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, is_chat=False)
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, is_chat=True)
+
+    async def _answer(self, request: web.Request, *, is_chat: bool) -> web.StreamResponse:
+        start_s = self.clock.now()
+        config = self.config
+        body = msgspec.json.decode(await request.read())
+        self.num_requests += 1
+        is_error = self._rng.random() < config.error_rate
+        is_cut = self._rng.random() < config.disconnect_rate
+        await self.clock.until(start_s)  # it may be frozen
+        if is_error:
+            error = {"message": "the mock was told to fail", "type": "mock"}
+            return web.json_response({"error": error}, status=config.error_status)
+        num_tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 0)
+        num_tokens = num_tokens or config.default_tokens
+        usage = {"prompt_tokens": _num_prompt_tokens(body), "completion_tokens": num_tokens}
+        usage["total_tokens"] = usage["prompt_tokens"] + num_tokens
+        if not body.get("stream"):
+            await self.clock.until(start_s + config.ttft_s + (num_tokens - 1) * config.itl_s)
+            return web.json_response(_whole(num_tokens, usage, is_chat=is_chat))
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        head, tail = _chunk(is_chat=is_chat)
+        for index in range(num_tokens):
+            if is_cut and index == num_tokens // 2:
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            await self.clock.until(start_s + config.ttft_s + index * config.itl_s)
+            await response.write(head % time.monotonic_ns() + tail)
+        await response.write(_end(body, usage, is_chat=is_chat))
+        await response.write_eof()
+        return response
+
+
+def _num_prompt_tokens(body: dict[str, Any]) -> int:
+    """Count words, or token ids."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list):
+        return len(prompt)
+    if isinstance(prompt, str):
+        return len(prompt.split())
+    return sum(len(str(message.get("content")).split()) for message in body.get("messages", ()))
+
+
+def _chunk(*, is_chat: bool) -> tuple[bytes, bytes]:
+    """Return a token's event, in two parts with the stamp between them."""
+    said: dict[str, Any] = {"delta": {"content": _WORD}} if is_chat else {"text": _WORD}
+    event = {"choices": [{"index": 0, **said, "finish_reason": None}], "model": MODEL}
+    event |= {"id": "mock", "object": _object(is_chat=is_chat), "created": 0}
+    return b'data: {"sent_ns":%d,', msgspec.json.encode(event)[1:] + b"\n\n"
+
+
+def _end(body: dict[str, Any], usage: dict[str, int], *, is_chat: bool) -> bytes:
+    empty: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
+    head = {"id": "mock", "object": _object(is_chat=is_chat), "created": 0, "model": MODEL}
+    events = [head | {"choices": [{"index": 0, **empty, "finish_reason": "length"}]}]
+    if (body.get("stream_options") or {}).get("include_usage"):
+        events.append(head | {"choices": [], "usage": usage})
+    data = b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events)
+    return data + b"data: [DONE]\n\n"
+
+
+def _whole(num_tokens: int, usage: dict[str, int], *, is_chat: bool) -> dict[str, Any]:
+    text = _WORD * num_tokens
+    said: dict[str, Any] = (
+        {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    )
+    choice: dict[str, Any] = {"index": 0, **said, "finish_reason": "length"}
+    kind = "chat.completion" if is_chat else "text_completion"
+    return {
+        "id": "mock",
+        "object": kind,
+        "created": 0,
+        "model": MODEL,
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+def _object(*, is_chat: bool) -> str:
+    return "chat.completion.chunk" if is_chat else "text_completion"
