@@ -143,8 +143,8 @@ def _num_prompt_tokens(body: dict[str, Any]) -> int:
 def _chunk(*, is_chat: bool) -> tuple[bytes, bytes]:
     """Return a token's event, in two parts with the stamp between them."""
     said: dict[str, Any] = {"delta": {"content": _WORD}} if is_chat else {"text": _WORD}
-    event = {"choices": [{"index": 0, **said, "finish_reason": None}], "model": MODEL}
-    event |= {"id": "mock", "object": _object(is_chat=is_chat), "created": 0}
+    event: dict[str, Any] = {"choices": [{"index": 0, **said, "finish_reason": None}], "created": 0}
+    event |= {"id": "mock", "object": _object(is_chat=is_chat), "model": MODEL}
     return b'data: {"sent_ns":%d,', msgspec.json.encode(event)[1:] + b"\n\n"
 
 
