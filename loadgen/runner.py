@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -53,7 +52,7 @@ async def play(
     if not plan:
         raise LoadError("the plan is empty", "ask for more, or for a longer part of a trace")
     with _quiet_collector():
-        progress.zero_s = time.monotonic()
+        progress.zero_s = _now()
         if pace.concurrency is None:
             running = asyncio.create_task(_open_loop(plan, target, progress))
         else:
@@ -81,7 +80,7 @@ async def _closed_loop(plan: Plan, target: Target, concurrency: int, progress: P
 
     async def worker() -> None:
         for number, session in numbered:
-            now_s = time.monotonic() - progress.zero_s
+            now_s = _now() - progress.zero_s
             await _play_session(number, session, now_s, target, progress)
 
     async with asyncio.TaskGroup() as workers:
@@ -125,9 +124,14 @@ def _outgoing(session: Session, turn: Turn, said: list[Message]) -> Outgoing:
     return Outgoing(prompt=prompt, max_tokens=turn.max_tokens, priority=session.priority)
 
 
+def _now() -> float:
+    """Return the loop's time: the monotonic clock, but for tests."""
+    return asyncio.get_running_loop().time()
+
+
 async def _until(at_s: float) -> None:
     """Sleep until this time of the monotonic clock; always lets others go first."""
-    await asyncio.sleep(max(0.0, at_s - time.monotonic()))
+    await asyncio.sleep(max(0.0, at_s - _now()))
 
 
 @contextmanager
@@ -142,6 +146,3 @@ def _quiet_collector() -> Iterator[None]:
     finally:
         gc.set_threshold(*thresholds)
         gc.unfreeze()
-
-
-OnProgress = Callable[[Progress], None]

@@ -7,8 +7,7 @@ no schedule: it sends one request now and fills in its record.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -109,8 +108,9 @@ class OpenAITarget:
         assert self._session is not None
         body = msgspec.json.encode(self._body(outgoing))
         path = "/v1/completions" if self.endpoint == "completions" else "/v1/chat/completions"
-        stream = _Stream(record, zero_s)
-        record.sent_at_s = time.monotonic() - zero_s
+        clock = asyncio.get_running_loop().time
+        stream = _Stream(record, clock, zero_s)
+        record.sent_at_s = clock() - zero_s
         try:
             async with self._session.post(self.url + path, data=body) as response:
                 if response.status != 200:
@@ -130,7 +130,7 @@ class OpenAITarget:
         except (msgspec.MsgspecError, EventTooLong) as error:
             record.error, record.detail = "bad_answer", _shortened(repr(error))
         finally:
-            record.end_at_s = time.monotonic() - zero_s
+            record.end_at_s = clock() - zero_s
             stream.finish()
 
     def _body(self, outgoing: Outgoing) -> dict[str, Any]:
@@ -190,8 +190,9 @@ async def served_model(url: str, api_key: str) -> str:
 class _Stream:
     """Reads one answer into its record."""
 
-    def __init__(self, record: Record, zero_s: float) -> None:
+    def __init__(self, record: Record, clock: Callable[[], float], zero_s: float) -> None:
         self._record = record
+        self._clock = clock
         self._zero_s = zero_s
         self._pieces: list[str] = []
         self._num_counted = 0
@@ -200,7 +201,7 @@ class _Stream:
     async def read(self, content: aiohttp.StreamReader) -> None:
         splitter = EventSplitter()
         async for data in content.iter_any():
-            now_s = time.monotonic() - self._zero_s
+            now_s = self._clock() - self._zero_s
             for event in splitter.feed(data):
                 self._take(event, now_s)
         if not (self._is_done or self._record.finish_reason or self._record.error):

@@ -1,0 +1,130 @@
+"""Loops and latencies in virtual time: when requests go out, and from when their clocks run."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from loadgen.mock import Clock, MockConfig
+from loadgen.runner import Pace, Progress, play
+from loadgen.target import Message
+from loadgen.types import LoadError, Session, Turn
+from tests.loadgen.virtual import run_virtually
+
+
+class FrozenTarget:
+    """A mock server without a network: a token after `ttft_s`, the others every `itl_s`."""
+
+    def __init__(self, config: MockConfig, *, fails: tuple[int, ...] = ()) -> None:
+        self.config = config
+        self.fails = fails
+        self.sent: list[object] = []
+        self.clock: Clock | None = None
+
+    async def send(self, outgoing, record, zero_s):
+        loop = asyncio.get_running_loop()
+        self.clock = self.clock or Clock(self.config, loop.time)
+        record.sent_at_s = loop.time() - zero_s
+        start_s = self.clock.now()
+        self.sent.append(outgoing.prompt)
+        if record.session in self.fails:
+            record.error = "http_500"
+        else:
+            for index in range(outgoing.max_tokens):
+                await self.clock.until(start_s + self.config.ttft_s + index * self.config.itl_s)
+                record.received_at_s.append(loop.time() - zero_s)
+            record.text = f"answer {len(self.sent)}"
+            record.num_output_tokens = outgoing.max_tokens
+        record.end_at_s = loop.time() - zero_s
+
+
+def played(plan, target, *, concurrency=None, stop_at_s=None):
+    async def main():
+        stop, progress = asyncio.Event(), Progress(len(plan))
+        if stop_at_s is not None:
+            asyncio.get_running_loop().call_later(stop_at_s, stop.set)
+        await play(plan, target, Pace(concurrency=concurrency), stop, progress)
+        return progress
+
+    return run_virtually(main())
+
+
+def singles(times, max_tokens=1):
+    turn = Turn(prompt="hello", max_tokens=max_tokens)
+    return tuple(Session(start_at_s=float(at_s), turns=(turn,)) for at_s in times)
+
+
+def test_a_frozen_server_shows_in_the_open_loop_as_theory_says():
+    """A server that stands still for 2 s: whoever was meant to arrive meanwhile waits for its end.
+
+    A loop that waits for answers would send one request in those two seconds and see one long
+    latency; here a tenth of the requests do.
+    """
+    ttft_s, at_s, freeze_s = 0.05, 6.995, 2.0
+    times = np.arange(0, 20, 0.01)
+    config = MockConfig(ttft_s=ttft_s, freeze_at_s=at_s, freeze_s=freeze_s)
+    progress = played(singles(times), FrozenTarget(config))
+    measured = np.array([record.ttft_s for record in progress.records])
+
+    waits_s = np.where(times < at_s, freeze_s, at_s + freeze_s - times)
+    is_hit = (times + ttft_s >= at_s) & (times < at_s + freeze_s)
+    theory = ttft_s + np.where(is_hit, waits_s, 0.0)
+    np.testing.assert_allclose(measured, theory, atol=1e-6)
+    assert max(progress.lags_s) < 1e-6
+    # 200 requests were meant to arrive in the freeze and 5 more were waiting: 10.25 % of 2,000,
+    # whose latencies fall evenly from 2.05 s.
+    assert np.percentile(measured, 89.7) == pytest.approx(ttft_s, abs=1e-6)
+    assert np.percentile(measured, 99) == pytest.approx(freeze_s + ttft_s - 0.15, abs=0.011)
+
+
+def test_the_closed_loop_holds_its_concurrency_and_hides_the_freeze():
+    config = MockConfig(ttft_s=0.05, freeze_at_s=7.0, freeze_s=2.0)
+    progress = played(singles([0.0] * 400), FrozenTarget(config), concurrency=2)
+    slow = [record for record in progress.records if record.ttft_s > 1]
+    assert len(slow) == 2
+    assert progress.duration_s == pytest.approx(400 / 2 * 0.05 + 2.0, abs=1e-6)
+    sent = sorted(record.sent_at_s for record in progress.records)
+    assert all(after >= before + 0.0499 for before, after in zip(sent, sent[2:], strict=False))
+
+
+def test_a_turn_carries_the_real_answers_before_it_and_comes_after_a_thought():
+    turns = tuple(Turn(prompt=f"question {n}", max_tokens=2, think_s=3.0) for n in range(3))
+    target = FrozenTarget(MockConfig(ttft_s=1.0, itl_s=0.5))
+    progress = played((Session(start_at_s=2.0, turns=turns),), target)
+    assert target.sent[0] == (Message("user", "question 0"),)
+    assert target.sent[2] == (
+        Message("user", "question 0"),
+        Message("assistant", "answer 1"),
+        Message("user", "question 1"),
+        Message("assistant", "answer 2"),
+        Message("user", "question 2"),
+    )
+    assert [record.intended_at_s for record in progress.records] == pytest.approx([2.0, 6.5, 11.0])
+    assert [record.e2e_s for record in progress.records] == pytest.approx([1.5] * 3)
+
+
+def test_a_failed_turn_ends_its_conversation_and_no_other():
+    turns = (Turn(prompt="a", max_tokens=1), Turn(prompt="b", max_tokens=1))
+    plan = tuple(Session(start_at_s=0.0, turns=turns) for _ in range(3))
+    progress = played(plan, FrozenTarget(MockConfig(), fails=(1,)))
+    ends = [(record.session, record.turn, record.error) for record in progress.records]
+    assert sorted(ends) == [(0, 0, ""), (0, 1, ""), (1, 0, "http_500"), (2, 0, ""), (2, 1, "")]
+
+
+def test_an_interrupted_run_keeps_what_came_until_then():
+    target = FrozenTarget(MockConfig(ttft_s=0.5))
+    progress = played(singles(np.arange(0, 10, 1.0)), target, stop_at_s=3.2)
+    assert progress.interrupted
+    assert progress.num_begun == 4
+    assert [len(record.received_at_s) for record in progress.records] == [1, 1, 1, 0]
+
+
+def test_an_empty_plan_and_a_conversation_of_ids_are_refused():
+    with pytest.raises(LoadError, match="plan is empty"):
+        played((), FrozenTarget(MockConfig()))
+    turns = (Turn(prompt=(1, 2), max_tokens=1), Turn(prompt="b", max_tokens=1))
+    with pytest.raises(ExceptionGroup) as caught:
+        played((Session(start_at_s=0.0, turns=turns),), FrozenTarget(MockConfig()))
+    assert caught.group_contains(LoadError, match="cannot be made of token ids")
