@@ -1,0 +1,236 @@
+"""From what a user asked for to a plan: the same spec gives the same plan.
+
+Every aspect (arrivals, each length, tenants, prose) draws from its own randomness, made of the
+seed and its name. So two plans whose specs differ in one aspect are equal in all the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loadgen.types import LoadError, Plan, Session
+from loadgen.workload.arrivals import start_times
+from loadgen.workload.corpus import load_text
+from loadgen.workload.lengths import parse_lengths
+from loadgen.workload.plan_file import is_plan, read_plan
+from loadgen.workload.prefixes import SharedPrefixes, block_prompt
+from loadgen.workload.reuse import unbounded_reuse
+from loadgen.workload.sessions import (
+    Shape,
+    Stream,
+    TurnSize,
+    fit_turns,
+    parse_think,
+    write_sessions,
+)
+from loadgen.workload.tenants import Flood, Tenant, assign, flood_times, parse_tenants
+from loadgen.workload.text import Counted, IdPrompts, PromptMaker, Prompts, random_ids
+from loadgen.workload.tokenizer import load_tokenizer
+from loadgen.workload.traces import Slice, Trace, cut_trace, has_blocks, read_trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadSpec:
+    """All that a plan depends on. `lengths`, `sessions` and `tenants` say how to write theirs.
+
+    With a trace, arrivals, lengths and shared prefixes are the trace's, and only floods are drawn
+    as without. A trace that is a recorded plan is replayed as it is; the rest is then ignored.
+    """
+
+    seed: int = 0
+    num_sessions: int | None = None  # floods come on top
+    duration_s: float | None = None  # in which sessions start
+    arrivals: str = "poisson"
+    rate: float = 1.0  # sessions a second; infinite: all at once
+    cv: float = 1.0  # of gamma arrivals
+    prompt_tokens: str = "256"
+    output_tokens: str = "128"
+    max_context: int | None = None  # tokens of a turn's own prompt and answer; longer are shortened
+    num_prefixes: int = 1
+    prefix_tokens: int = 0  # in front of `prompt_tokens`; 0: prompts share nothing
+    turns: str = "1"
+    next_prompt_tokens: str | None = None  # of later turns; None: as `prompt_tokens`
+    think: str = "0"
+    tenants: tuple[str, ...] = ()
+    text: Path | None = None  # prose; None: Python's manual
+    tokenizer: str | None = None  # None: counts are estimates, and not in the plan
+    token_ids: bool = False  # send ids in place of text
+    vocab_size: int | None = None  # random ids below it, where there is no tokenizer
+    trace: Path | None = None
+    trace_start_s: float = 0.0
+    trace_speed: float = 1.0
+    trace_divisor: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    plan: Plan
+    facts: dict[str, str]  # what a reader of the results has to know about it
+
+
+def build_plan(spec: WorkloadSpec) -> Plan:
+    """Return the plan alone. Raises LoadError for a mistake in the spec or in a file it names."""
+    return build(spec).plan
+
+
+def build(spec: WorkloadSpec) -> Workload:
+    """Return the plan, and what was done to make it. Raises LoadError as `build_plan` does."""
+    if spec.trace is not None and is_plan(spec.trace):
+        return Workload(plan=read_plan(spec.trace), facts={"plan": str(spec.trace)})
+    _check(spec)
+    tenants, floods = parse_tenants(spec.tenants)
+    prompts, facts = _prompts(spec)
+    if spec.trace is None:
+        sessions, num_shortened = _draw(spec, "", _start_times(spec), tenants, prompts)
+    else:
+        trace = cut_trace(read_trace(spec.trace), _slice(spec))
+        sessions, num_shortened = _replay(spec, trace, tenants, prompts), trace.num_shortened
+        facts |= _trace_facts(trace)
+    for flood in floods:
+        more, more_shortened = _draw(
+            spec, flood.name, flood_times(flood), [_flooding(flood, tenants)], prompts
+        )
+        sessions += more
+        num_shortened += more_shortened
+    if spec.max_context is not None:
+        num_turns = sum(len(session.turns) for session in sessions)
+        facts["shortened"] = f"{num_shortened} of {num_turns}, to {spec.max_context} tokens"
+    return Workload(plan=tuple(sorted(sessions, key=lambda it: it.start_at_s)), facts=facts)
+
+
+def _check(spec: WorkloadSpec) -> None:
+    if spec.seed < 0:
+        raise LoadError(f"{spec.seed} is no seed", "give a whole number from 0")
+    if spec.num_sessions is not None and spec.num_sessions < 1:
+        raise LoadError("the run would hold no request", "ask for at least one session")
+    if spec.prefix_tokens < 0 or spec.num_prefixes < 1:
+        raise LoadError("there is no such prefix", "give at least one prefix, of 0 tokens or more")
+    least = spec.prefix_tokens + 2
+    if spec.max_context is not None and spec.max_context < least:
+        raise LoadError(
+            f"a context of {spec.max_context} tokens has no room for a prompt and an answer",
+            f"give at least {least}",
+        )
+
+
+def _stream(seed: int, label: str) -> Stream:
+    return lambda aspect: np.random.default_rng([seed, *f"{label}/{aspect}".encode()])
+
+
+def _prompts(spec: WorkloadSpec) -> tuple[Prompts, dict[str, str]]:
+    if spec.token_ids and spec.tokenizer is None:
+        if spec.vocab_size is None or spec.vocab_size < 1:
+            raise LoadError(
+                "token ids need a vocabulary", "name a tokenizer, or give the vocabulary's size"
+            )
+        return random_ids(spec.vocab_size), {"prompts": f"random ids below {spec.vocab_size}"}
+    tokenizer = None if spec.tokenizer is None else load_tokenizer(spec.tokenizer)
+    maker = PromptMaker(load_text(spec.text), tokenizer)
+    name = "Python's manual" if spec.text is None else str(spec.text)
+    facts = {
+        "prompts": f"{name}, {maker.corpus.num_tokens} tokens, sha256 {maker.corpus.digest}",
+        "tokenizer": spec.tokenizer or "none, so lengths are estimates",
+    }
+    return IdPrompts(maker.ids) if spec.token_ids else maker, facts
+
+
+def _start_times(spec: WorkloadSpec) -> list[float]:
+    return start_times(
+        spec.arrivals,
+        _stream(spec.seed, "")("arrivals"),
+        rate=spec.rate,
+        cv=spec.cv,
+        num=spec.num_sessions,
+        duration_s=spec.duration_s,
+    )
+
+
+def _draw(
+    spec: WorkloadSpec,
+    label: str,
+    starts_s: Sequence[float],
+    tenants: Sequence[Tenant],
+    prompts: Prompts,
+) -> tuple[list[Session], int]:
+    """Draw the sessions that start at `starts_s`; return them, and how many turns were shortened.
+
+    Sessions of another label are drawn independently, but share the same prefixes.
+    """
+    stream = _stream(spec.seed, label)
+    sizes, num_shortened = fit_turns(
+        _shape(spec).sample(len(starts_s), stream), spec.max_context, spec.prefix_tokens
+    )
+    first: Callable[[int, np.random.Generator], Counted] = prompts.make
+    if spec.prefix_tokens:
+        prefixes_rng = _stream(spec.seed, "")("prefixes")
+        first = SharedPrefixes(prompts, spec.num_prefixes, spec.prefix_tokens, prefixes_rng).make
+    rng = stream("prose")
+
+    def prompt(_session: int, turn: int, num_tokens: int) -> Counted:
+        return prompts.make(num_tokens, rng) if turn else first(num_tokens, rng)
+
+    chosen = assign(tenants, stream("tenants"), len(starts_s))
+    return write_sessions(starts_s, chosen, sizes, prompt), num_shortened
+
+
+def _shape(spec: WorkloadSpec) -> Shape:
+    return Shape(
+        prompt=parse_lengths(spec.prompt_tokens),
+        output=parse_lengths(spec.output_tokens),
+        turns=parse_lengths(spec.turns),
+        next_prompt=parse_lengths(spec.next_prompt_tokens or spec.prompt_tokens),
+        think=parse_think(spec.think),
+    )
+
+
+def _flooding(flood: Flood, tenants: Sequence[Tenant]) -> Tenant:
+    """Return the tenant of a flood: the one of that name, which may have a priority, or a new."""
+    return next((it for it in tenants if it.name == flood.name), Tenant(flood.name))
+
+
+def _slice(spec: WorkloadSpec) -> Slice:
+    return Slice(
+        start_s=spec.trace_start_s,
+        duration_s=spec.duration_s,
+        num_requests=spec.num_sessions,
+        speed=spec.trace_speed,
+        divisor=spec.trace_divisor,
+        max_context=spec.max_context,
+    )
+
+
+def _replay(
+    spec: WorkloadSpec, trace: Trace, tenants: Sequence[Tenant], prompts: Prompts
+) -> list[Session]:
+    stream = _stream(spec.seed, "")
+    rng = stream("prose")
+
+    def prompt(session: int, _turn: int, num_tokens: int) -> Counted:
+        request = trace.requests[session]
+        if request.block_ids:
+            return block_prompt(prompts, request, trace.block_tokens, spec.seed)
+        return prompts.make(num_tokens, rng)
+
+    return write_sessions(
+        [it.at_s for it in trace.requests],
+        assign(tenants, stream("tenants"), len(trace.requests)),
+        [[TurnSize(it.num_prompt_tokens, it.num_output_tokens)] for it in trace.requests],
+        prompt,
+    )
+
+
+def _trace_facts(trace: Trace) -> dict[str, str]:
+    facts = {"trace": f"{trace.path}, {len(trace.requests)} requests"}
+    if trace.num_failed:
+        facts["left out"] = f"{trace.num_failed} requests of the trace that had failed"
+    if has_blocks(trace):
+        reuse = unbounded_reuse(trace.requests, trace.block_tokens)
+        facts["reuse"] = (
+            f"{reuse.block_ratio:.4f} of {reuse.num_blocks} blocks of {trace.block_tokens} tokens, "
+            f"{reuse.token_ratio:.4f} of {reuse.num_tokens} tokens"
+        )
+    return facts
