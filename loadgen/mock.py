@@ -130,6 +130,18 @@ class MockServer:
         return response
 
 
+def serve(config: MockConfig, port: int) -> None:
+    """Serve on loopback until SIGINT or SIGTERM. Raises OSError if the port cannot be had."""
+    url = f"http://127.0.0.1:{port}"
+    print(  # noqa: T201 (the command's result)
+        f"Mock server at {url}/v1, model {MODEL}: first token after {1000 * config.ttft_s:g} ms, "
+        f"then one every {1000 * config.itl_s:g} ms\nNext: hocket bench run {url}",
+        flush=True,
+    )
+    app = MockServer(config).app
+    web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
+
+
 def _num_prompt_tokens(body: dict[str, Any]) -> int:
     """Count words, or token ids."""
     prompt = body.get("prompt")

@@ -1,4 +1,4 @@
-"""Shows on stderr how far a run is: a live line on a terminal, a line every ten seconds elsewhere."""
+"""Shows on stderr how far a run is: a live line on a terminal, else a line every ten seconds."""
 
 from __future__ import annotations
 

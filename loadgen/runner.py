@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from loadgen.target import Message, Outgoing, Target
-from loadgen.types import LoadError, Plan, Prompt, Record, Session, Turn
+from loadgen.types import Plan, Prompt, Record, Session, Turn
 
 
 @dataclass(slots=True)
@@ -49,8 +49,6 @@ async def play(
     plan: Plan, target: Target, pace: Pace, stop: asyncio.Event, progress: Progress
 ) -> None:
     """Play the whole plan, or until `stop` is set; `progress` holds what came of it."""
-    if not plan:
-        raise LoadError("the plan is empty", "ask for more, or for a longer part of a trace")
     with _quiet_collector():
         progress.zero_s = _now()
         if pace.concurrency is None:
@@ -118,8 +116,7 @@ async def _play_session(
 def _outgoing(session: Session, turn: Turn, said: list[Message]) -> Outgoing:
     prompt: Prompt | tuple[Message, ...] = turn.prompt
     if len(session.turns) > 1:
-        if not isinstance(turn.prompt, str):
-            raise LoadError("a conversation cannot be made of token ids", "plan its turns as text")
+        assert isinstance(turn.prompt, str), "see `loadgen.target.check`"
         prompt = (*said, Message("user", turn.prompt))
     return Outgoing(prompt=prompt, max_tokens=turn.max_tokens, priority=session.priority)
 

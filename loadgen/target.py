@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 
 from loadgen.sse import EventSplitter, EventTooLong
-from loadgen.types import LoadError, Prompt, Record
+from loadgen.types import LoadError, Plan, Prompt, Record
 
 Endpoint = Literal["completions", "chat"]
 _MAX_DETAIL = 200
@@ -142,7 +142,7 @@ class OpenAITarget:
             "stream_options": {"include_usage": True},
         }
         if self.endpoint == "completions":
-            body["prompt"] = outgoing.prompt
+            body["prompt"] = _text(outgoing.prompt)
         else:
             body["messages"] = _messages(outgoing.prompt)
         if self.ignore_eos:
@@ -239,17 +239,41 @@ class _Stream:
             self._record.num_cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
 
 
+def check(plan: Plan, endpoint: Endpoint) -> None:
+    """Raise LoadError for a plan that is empty, or that such an endpoint cannot be sent."""
+    if not plan:
+        raise LoadError("the plan is empty", "ask for more, or for a longer part of a trace")
+    for session in plan:
+        for turn in session.turns:
+            if isinstance(turn.prompt, str):
+                continue
+            if endpoint == "chat":
+                raise LoadError(
+                    "a chat cannot be sent as token ids", "use --endpoint completions, or text"
+                )
+            if len(session.turns) > 1:
+                raise LoadError(
+                    "a conversation cannot be made of token ids", "leave --token-ids out"
+                )
+
+
 def _messages(prompt: Prompt | tuple[Message, ...]) -> Sequence[dict[str, str]]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    messages = []
-    for message in prompt:
-        if not isinstance(message, Message):
-            raise LoadError(
-                "a chat cannot be sent as token ids", "use --endpoint completions, or text prompts"
-            )
-        messages.append(message._asdict())
-    return messages
+    return [message._asdict() for message in prompt if isinstance(message, Message)]
+
+
+def _text(prompt: Prompt | tuple[Message, ...]) -> str | Sequence[int]:
+    """Return a conversation as a text that goes on: answers follow what they are answers to."""
+    if isinstance(prompt, str):
+        return prompt
+    text, ids = "", []
+    for part in prompt:
+        if isinstance(part, Message):
+            text += f"\n\n{part.content}" if text and part.role == "user" else part.content
+        else:
+            ids.append(part)
+    return ids or text
 
 
 def _shortened(text: str) -> str:

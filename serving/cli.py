@@ -82,6 +82,8 @@ def replay(file: Path, /) -> None:
 
 bench = App(name="bench", help="Measure this machine; reports, never a verdict.")
 app.command(bench)
+for _verb in ("run", "compare", "mock"):  # imported when they are used: aiohttp, numpy, matplotlib
+    bench.command(f"loadgen.cli:{_verb}", name=_verb)
 
 
 @bench.command(name="invariant")

@@ -9,7 +9,7 @@ import pytest
 
 from loadgen.mock import Clock, MockConfig
 from loadgen.runner import Pace, Progress, play
-from loadgen.target import Message
+from loadgen.target import Message, check
 from loadgen.types import LoadError, Session, Turn
 from tests.loadgen.virtual import run_virtually
 
@@ -121,10 +121,12 @@ def test_an_interrupted_run_keeps_what_came_until_then():
     assert [len(record.received_at_s) for record in progress.records] == [1, 1, 1, 0]
 
 
-def test_an_empty_plan_and_a_conversation_of_ids_are_refused():
+def test_plans_that_an_endpoint_cannot_be_sent_are_refused():
+    ids, text = Turn(prompt=(1, 2), max_tokens=1), Turn(prompt="b", max_tokens=1)
     with pytest.raises(LoadError, match="plan is empty"):
-        played((), FrozenTarget(MockConfig()))
-    turns = (Turn(prompt=(1, 2), max_tokens=1), Turn(prompt="b", max_tokens=1))
-    with pytest.raises(ExceptionGroup) as caught:
-        played((Session(start_at_s=0.0, turns=turns),), FrozenTarget(MockConfig()))
-    assert caught.group_contains(LoadError, match="cannot be made of token ids")
+        check((), "completions")
+    check((Session(start_at_s=0.0, turns=(ids,)),), "completions")
+    with pytest.raises(LoadError, match="chat cannot be sent as token ids"):
+        check((Session(start_at_s=0.0, turns=(ids,)),), "chat")
+    with pytest.raises(LoadError, match="conversation cannot be made of token ids"):
+        check((Session(start_at_s=0.0, turns=(text, ids)),), "completions")

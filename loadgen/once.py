@@ -1,0 +1,138 @@
+"""One run from its plan to its `Run`: model, target, progress, Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from loadgen.progress import hide, show
+from loadgen.runner import Pace, Progress, play
+from loadgen.target import OpenAITarget, check, served_model
+from loadgen.types import LoadError, Plan, Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetFlags:
+    """How requests are sent.
+
+    Parameters
+    ----------
+    model
+        Name of the model; by default the first that the server lists.
+    endpoint
+        Where to: text completions or chat.
+    api_key
+        Sent as a bearer token.
+    ignore_eos
+        Ask for answers of the planned length; not every server knows this field.
+    timeout
+        Seconds until an answer counts as failed.
+    extra
+        A JSON object whose fields are added to every request.
+    """
+
+    model: str | None = None
+    endpoint: Literal["completions", "chat"] = "completions"
+    api_key: str = ""
+    ignore_eos: bool = True
+    timeout: float = 600.0
+    extra: str = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What one run is made of."""
+
+    name: str
+    url: str
+    plan: Plan
+    seed: int
+    pace: Pace = field(default_factory=Pace)
+    flags: TargetFlags = field(default_factory=TargetFlags)
+    extra: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+async def run_once(asked: Asked) -> Run:
+    """Run it, and show how far it is. Raises LoadError if the server cannot be reached."""
+    url, flags = _base(asked.url), asked.flags
+    check(asked.plan, flags.endpoint)
+    model = flags.model or await served_model(url, flags.api_key)
+    target = OpenAITarget(
+        url=url,
+        model=model,
+        endpoint=flags.endpoint,
+        api_key=flags.api_key,
+        timeout_s=flags.timeout,
+        ignore_eos=flags.ignore_eos,
+        extra=asked.extra,
+    )
+    progress, stop = Progress(len(asked.plan)), asyncio.Event()
+    start_unix_s = time.time()  # noqa: TID251 (when it was, for the reader)
+    with _stopped_by_signals(stop):
+        async with target:
+            showing = asyncio.create_task(show(progress, asked.name))
+            try:
+                await play(asked.plan, target, asked.pace, stop, progress)
+            finally:
+                await hide(showing)
+    is_open = asked.pace.concurrency is None
+    return Run(
+        name=asked.name,
+        url=url,
+        model=model,
+        seed=asked.seed,
+        start_unix_s=start_unix_s,
+        duration_s=progress.duration_s,
+        records=tuple(progress.records),
+        interrupted=progress.interrupted,
+        num_unsent=progress.num_sessions - progress.num_begun,
+        lags_s=progress.lags_s if is_open else (),
+        facts=asked.facts,
+    )
+
+
+def why_nothing_came(run: Run) -> LoadError | None:
+    """Return why no request of a run succeeded, None if one did."""
+    if any(record.ok for record in run.records):
+        return None
+    if run.interrupted:
+        return LoadError("interrupted before any answer was complete", "let it run for longer")
+    first = next(iter(run.records))
+    remedies = {
+        "refused": "see whether the server still runs, and what its log says",
+        "disconnected": "see whether the server still runs, and what its log says",
+        "timeout": "send less (--rate), or wait for longer (--timeout)",
+        "http_400": "change what is asked for; a server may not know ignore_eos (--no-ignore-eos)",
+        "http_401": "give the server's key with --api-key",
+        "http_404": "name a model that it serves with --model, or another --endpoint",
+        "http_429": "send less: a lower --rate or --concurrency",
+    }
+    return LoadError(
+        f"all {len(run.records)} requests failed, the first with {first.error}: {first.detail}",
+        remedies.get(first.error, "see the server's log"),
+    )
+
+
+@contextmanager
+def _stopped_by_signals(stop: asyncio.Event) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the run, and not the report of it."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _base(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise LoadError(f"{url!r} is no address", "give one such as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")
