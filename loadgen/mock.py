@@ -86,7 +86,7 @@ class MockServer:
         self.app.router.add_post("/v1/chat/completions", self._chat)
 
     async def _health(self, _: web.Request) -> web.Response:
-        return web.Response()
+        return web.json_response({"num_requests": self.num_requests})
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})

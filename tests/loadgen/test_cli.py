@@ -1,0 +1,162 @@
+"""The verbs as a user meets them: whole programs, on free ports of loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from loadgen.report.files import read_json
+
+LOADGEN = [sys.executable, "-m", "loadgen"]
+
+
+def loadgen(*words, expect=0):
+    """Run to the end; return what was printed to stdout and stderr."""
+    done = subprocess.run([*LOADGEN, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def mock(*flags):
+    port = free_port()
+    words = [*LOADGEN, "mock", "--port", str(port), *map(str, flags)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert "Next:" in process.stdout.readline() + process.stdout.readline()
+            for _ in range(100):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.05)
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def wait_until_busy(url: str, num_requests: int) -> None:
+    """Wait until the mock server has got so many requests."""
+    for _ in range(3000):
+        with urllib.request.urlopen(f"{url}/health") as answer:
+            if json.load(answer)["num_requests"] >= num_requests:
+                return
+        time.sleep(0.02)
+    raise AssertionError("no requests came")
+
+
+def test_a_run_is_printed_written_and_replayed(tmp_path: Path):
+    files = {name: tmp_path / name for name in ("run.json", "run.html", "plan.jsonl")}
+    with mock("--ttft", 10, "--itl", 1) as (_, url):
+        load = ("--num-sessions", 30, "--rate", 50, "--output-tokens", 5, "--slo", "ttft:5000")
+        to = ("--json", files["run.json"], "--html", files["run.html"])
+        out, _ = loadgen("run", url, *load, *to, "--record", files["plan.jsonl"])
+        assert "30 of 30 requests answered" in out
+        assert "goodput" in out
+        again = tmp_path / "again.json"
+        loadgen("run", url, "--trace", files["plan.jsonl"], "--json", again)
+    first, second = read_json(files["run.json"]), read_json(again)
+    assert [record.num_output_tokens for record in first.records] == [5] * 30
+    assert [record.intended_at_s for record in first.records] == [
+        record.intended_at_s for record in second.records
+    ]
+    assert "<svg" in files["run.html"].read_text()
+
+
+def test_ctrl_c_still_writes_the_report(tmp_path: Path):
+    file = tmp_path / "run.json"
+    with mock("--ttft", 10) as (_, url):
+        words = ("run", url, "--num-sessions", "1000", "--rate", "20", "--json", str(file))
+        with subprocess.Popen([*LOADGEN, *words], stdout=subprocess.PIPE, text=True) as process:
+            wait_until_busy(url, 10)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=60)
+        assert process.returncode == 130
+    run = read_json(file)
+    assert run.interrupted
+    assert run.num_unsent == 1000 - len(run.records) > 0
+    assert "interrupted" in out.lower()
+
+
+def test_a_server_that_dies_is_told_and_what_came_before_is_kept(tmp_path: Path):
+    file = tmp_path / "run.json"
+    with mock("--ttft", 5, "--itl", 1) as (server, url):
+        words = ("run", url, "--num-sessions", "120", "--rate", "20", "--json", str(file))
+        with subprocess.Popen([*LOADGEN, *words], stdout=subprocess.PIPE, text=True) as process:
+            wait_until_busy(url, 10)
+            server.kill()
+            out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+    run = read_json(file)
+    errors = {record.error for record in run.records}
+    assert "" in errors
+    assert "refused" in errors
+    assert len(run.records) == 120
+    assert re.search(r"refused", out)
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["run", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
+        (["run", "localhost"], "'localhost' is no address"),
+        (["run", "URL", "--trace", "nowhere.csv"], "nowhere.csv"),
+        (["run", "URL", "--trace", __file__], "test_cli.py"),
+        (["run", "URL", "--num-sessions", "0"], "no request"),
+        (["run", "URL", "--concurrency", "0"], "concurrency"),
+        (["run", "URL", "--slo", "ttft"], "not an objective"),
+        (["run", "URL", "--extra", "3"], "no JSON object"),
+        (["run", "URL", "--prompt-tokens", "many"], "many"),
+        (["run", "ERRORS"], "all 100 requests failed, the first with http_503"),
+        (["compare", "URL", "URL", "--pairs", "3"], "3 pairs of runs"),
+        (["compare", "", "", "--serve", "true"], "does not say where its port goes"),
+        (["compare", "", "", "--serve", "false {port}"], "did not get ready"),
+        (["compare", "", "", "--serve", "no-such-program {port}"], "cannot be started"),
+    ],
+)
+def test_a_mistake_is_a_line_of_cause_and_one_of_remedy(words, cause, servers):
+    words = [servers.get(word, word) for word in words]
+    quick = () if "--num-sessions" in words else ("--rate", "1000")
+    _, err = loadgen(*words, *quick, expect=1)
+    lines = [line for line in err.splitlines() if line.startswith(("hocket: ", "        "))]
+    assert cause in lines[0]
+    assert len(lines) >= 2
+    assert "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def servers():
+    with mock("--ttft", 1) as (_, url), mock("--error-rate", 1, "--error-status", 503) as (_, bad):
+        yield {"URL": url, "ERRORS": bad}
+
+
+def test_a_comparison_starts_and_stops_its_servers(tmp_path: Path):
+    serve = f"{sys.executable} -m loadgen mock --port {{port}} --itl 1 --ttft"
+    load = ("--pairs", 2, "--num-sessions", 10, "--rate", 100, "--output-tokens", 3)
+    file = tmp_path / "run.json"
+    out, _ = loadgen("compare", "20", "60", "--serve", serve, *load, "--json", file)
+    row = next(line for line in out.splitlines() if line.startswith("ttft_p50 (primary)"))
+    assert "6" in row, "too few pairs for a verdict, and how many are needed"
+    runs = {path.stem: read_json(path) for path in tmp_path.glob("run-*.json")}
+    assert {stem: (run.name, run.seed) for stem, run in runs.items()} == {
+        "run-0A": ("A: 20", 0),
+        "run-0B": ("B: 60", 0),
+        "run-1A": ("A: 20", 1),
+        "run-1B": ("B: 60", 1),
+    }
+    starts = [run.start_unix_s for _, run in sorted(runs.items())]
+    assert starts[0] < starts[1] < starts[3] < starts[2] or starts[1] < starts[0] < starts[2]

@@ -1,0 +1,171 @@
+"""The client against real sockets: a mock server, and servers that break off, lie or are not there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from aiohttp import web
+
+from loadgen.mock import MockConfig, MockServer
+from loadgen.runner import Pace, Progress, play
+from loadgen.target import Message, OpenAITarget, Outgoing, served_model
+from loadgen.types import LoadError, Record, Session, Turn
+
+
+def with_server(app, talk):
+    """Serve `app` on a free port of loopback and return what `talk(url)` returns."""
+
+    async def main():
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = site._server.sockets[0].getsockname()[1]
+        try:
+            return await talk(f"http://127.0.0.1:{port}")
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(main())
+
+
+async def sent(url, *, prompt="hello", max_tokens=4, **settings) -> Record:
+    record = Record(session=0, turn=0, tenant="t", intended_at_s=0.0)
+    zero_s = asyncio.get_running_loop().time()
+    async with OpenAITarget(url=url, model="mock", **settings) as target:
+        await target.send(Outgoing(prompt=prompt, max_tokens=max_tokens), record, zero_s)
+    return record
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_an_answer_is_recorded_as_the_server_sent_it(endpoint):
+    server = MockServer(MockConfig(ttft_s=0.02, itl_s=0.01))
+
+    async def talk(url):
+        assert await served_model(url, "") == "mock"
+        return await sent(url, endpoint=endpoint, prompt="three words here")
+
+    record = with_server(server.app, talk)
+    assert (record.error, record.finish_reason) == ("", "length")
+    assert record.text == " word" * 4
+    assert (record.num_prompt_tokens, record.num_output_tokens) == (3, 4)
+    assert len(record.received_at_s) == len(record.stamped_at_s) == 4
+    pairs = zip(record.stamped_at_s, record.received_at_s, strict=True)
+    assert all(stamped <= received for stamped, received in pairs)
+    assert record.stamped_at_s[0] >= record.sent_at_s + 0.02
+    assert min(record.gaps_s) >= 0
+    assert record.end_at_s >= record.received_at_s[-1]
+
+
+def test_many_requests_at_once_each_get_their_own_answer():
+    server = MockServer(MockConfig(ttft_s=0.01, itl_s=0.001))
+    plan = tuple(
+        Session(start_at_s=0.0, turns=(Turn(prompt="x", max_tokens=1 + n % 7),)) for n in range(200)
+    )
+
+    async def talk(url):
+        progress = Progress(len(plan))
+        async with OpenAITarget(url=url, model="mock") as target:
+            await play(plan, target, Pace(), asyncio.Event(), progress)
+        return progress
+
+    progress = with_server(server.app, talk)
+    assert server.num_requests == 200
+    assert [len(record.received_at_s) for record in progress.records] == [
+        1 + n % 7 for n in range(200)
+    ]
+    assert not any(record.error for record in progress.records)
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        (MockConfig(error_rate=1.0, error_status=429), "http_429"),
+        (MockConfig(disconnect_rate=1.0), "disconnected"),
+        (MockConfig(ttft_s=1.0), "timeout"),
+    ],
+)
+def test_failures_have_a_class(config, error):
+    record = with_server(MockServer(config).app, lambda url: sent(url, timeout_s=0.3))
+    assert record.error == error
+    assert record.detail
+    assert record.end_at_s > 0
+
+
+def app_that_says(*chunks: bytes, content_type: str = "text/event-stream") -> web.Application:
+    async def answer(request):
+        response = web.StreamResponse(headers={"content-type": content_type})
+        await response.prepare(request)
+        for chunk in chunks:
+            await response.write(chunk)
+        return response
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    return app
+
+
+def event(**fields) -> bytes:
+    return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
+def test_what_other_servers_say_is_understood():
+    said = app_that_says(
+        b": keep-alive\r\n\r\n",
+        event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}}]),
+        event(choices=[{"index": 0, "delta": {"reasoning_content": "hm"}}], usage=None),
+        event(choices=[{"index": 0, "delta": {"content": "Hel"}}])[:-9],
+        event(choices=[{"index": 0, "delta": {"content": "Hel"}}])[-9:],
+        event(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}]),
+        event(
+            choices=[],
+            usage={
+                "prompt_tokens": 9,
+                "completion_tokens": 5,
+                "prompt_tokens_details": {"cached_tokens": 8},
+            },
+        ),
+        b"data: [DONE]\n\n",
+    )
+    record = with_server(said, sent)
+    assert (record.text, record.finish_reason, record.error) == ("hmHel", "stop", "")
+    assert len(record.received_at_s) == 2, "an event without text is no token"
+    counted = (record.num_prompt_tokens, record.num_cached_tokens, record.num_output_tokens)
+    assert counted == (9, 8, 5)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "error"),
+    [
+        ([event(choices=[{"text": "a"}])], "disconnected"),
+        ([event(error={"message": "out of memory"}), b"data: [DONE]\n\n"], "stream_error"),
+        ([b"data: {never json\n\n"], "bad_answer"),
+        ([b'data: {"choices": 3}\n\n'], "bad_answer"),
+    ],
+)
+def test_answers_that_are_none_are_errors(chunks, error):
+    assert with_server(app_that_says(*chunks), sent).error == error
+
+
+def test_nobody_there_and_nothing_like_it():
+    record = asyncio.run(sent("http://127.0.0.1:9"))
+    assert record.error == "refused"
+    with pytest.raises(LoadError, match="no server answers"):
+        asyncio.run(served_model("http://127.0.0.1:9", ""))
+    with pytest.raises(LoadError, match="does not answer as OpenAI's API does"):
+        with_server(app_that_says(b"<html>"), lambda url: served_model(url, ""))
+
+
+def test_a_conversation_is_sent_as_messages_or_as_a_text_that_goes_on():
+    said = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    outgoing = Outgoing(prompt=said, max_tokens=1, priority=2)
+    chat = OpenAITarget(url="", model="m", endpoint="chat")._body(outgoing)
+    assert [message["content"] for message in chat["messages"]] == ["a", "b", "c"]
+    assert [message["role"] for message in chat["messages"]] == ["user", "assistant", "user"]
+    text = OpenAITarget(url="", model="m", extra={"top_k": 3}, ignore_eos=False)._body(outgoing)
+    assert (text["prompt"], text["priority"], text["top_k"]) == ("ab\n\nc", 2, 3)
+    assert "ignore_eos" not in text
+    ids = OpenAITarget(url="", model="m")._body(Outgoing(prompt=(1, 2), max_tokens=1))
+    assert ids["prompt"] == [1, 2]
