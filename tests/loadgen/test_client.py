@@ -1,4 +1,4 @@
-"""The client against real sockets: a mock server, and servers that break off, lie or are not there."""
+"""The client against real sockets: a mock server, and servers that break off, lie or are gone."""
 
 from __future__ import annotations
 
