@@ -44,8 +44,8 @@ MAX_WAITING = 8
 VARIANTS = [(n, 20) for n in (0, 1, 2, 3, 4, 16, 64)] + [(3, n) for n in (4097, 64, 32, 25, 16, 8)]
 MIN_MEAN_RUN, MIN_SHARED, MAX_LOSS = 8.0, 0.3, 0.02
 
-SYSTEM_PROMPTS = (150, 200, 250, 300, 400, 450, 500, 650, 750, 900, 1100, 1300)  # one a tenant
-COMES_BACK = 0.5  # share of turns that are followed by another
+SYSTEM_PROMPTS = (150, 225, 300, 375, 450, 525, 600, 750, 900, 1050, 1275, 1500)  # one a tenant
+COMES_BACK = 0.3  # share of turns that are followed by another
 ARRIVALS_PER_STEP = 0.27  # a guess, to let a turn come back soon after the one before it has ended
 MAX_HISTORY = 3000  # tokens; a longer conversation is over
 END = 32_000  # the token that ends an answer
