@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: serve test check fmt bench exact invariant fuzz mutants clean
+.PHONY: serve test check fmt bench exact invariant fuzz replay mutants clean
 
 serve: $(VENV)/serve.stamp ## serve SmolLM2-135M-Instruct on http://127.0.0.1:8000 (ARGS="..." adds flags)
 	@$(BIN)/hocket serve $(ARGS)
@@ -24,10 +24,11 @@ fmt: $(VENV)/dev.stamp ## format and mend what a machine can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/dev.stamp ## micro-benchmarks: planning time, fragmentation, startup by phase
+bench: $(VENV)/dev.stamp ## micro-benchmarks: planning time, fragmentation, startup by phase, steps of the real model
 	$(BIN)/python -m tests.bench.planning
 	$(BIN)/python -m tests.bench.fragmentation
 	$(BIN)/python -m tests.bench.startup
+	$(BIN)/python -m tests.bench.step_cost
 
 exact: $(VENV)/dev.stamp ## compare every forced position with transformers (minutes)
 	$(BIN)/python -m tests.exact
@@ -37,6 +38,9 @@ invariant: $(VENV)/dev.stamp ## compare logits bit by bit, alone and in random c
 
 fuzz: $(VENV)/dev.stamp ## check the law on many random schedules (ARGS="--num 100000", about an hour)
 	$(BIN)/python -m tests.properties $(ARGS)
+
+replay: $(VENV)/dev.stamp ## ten minutes of mixed load with a decision log, and the log replayed
+	$(BIN)/python -m tests.bench.replay $(ARGS)
 
 mutants: $(VENV)/dev.stamp ## plant known bugs in copies of the tree, and see that the tests find each (minutes)
 	$(BIN)/python -m tests.mutants $(ARGS)

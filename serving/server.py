@@ -27,6 +27,9 @@ from serving.text.tokenizer import TextCodec, fake_codec, load_codec
 
 # After the drain only idle connections are left; uvicorn waits this long for them.
 _CLOSE_TIMEOUT_S = 3
+# Longer than clients keep idle connections (httpx 5 s, aiohttp 15 s): whoever closes one while the
+# other sends on it fails that request, and clients know when they send.
+_KEEP_ALIVE_S = 75
 
 
 class _HttpServer(uvicorn.Server):
@@ -111,7 +114,7 @@ async def _serve_http(
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_keep_alive=5,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
         ),
         on_started=partial(on_ready, service),

@@ -117,11 +117,8 @@ class Planner:
         while index < end:
             request = running[index]
             num_scheduled = request.num_scheduled
-            if (
-                not request.num_tokens <= num_scheduled + 1 <= request.num_slots
-                or not request.in_batch
-            ):
-                break
+            if not request.num_tokens <= num_scheduled + 1 <= request.num_slots:
+                break  # also one that rests: it has no slot left
             request.num_scheduled = num_scheduled + 1
             request.last_step_id = step_id
             index += 1

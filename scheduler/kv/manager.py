@@ -318,11 +318,8 @@ class KVManager:
         runs that are too short, no more is evicted than must be.
         """
         pool = self._pool
-        length = pool.length_at(after)
-        if length >= num_blocks:
-            return
         needed = num_blocks - pool.claim_at(after)
-        wanted = num_blocks - length + slack
+        wanted = num_blocks - pool.length_at(after) + slack
         reserve = self.geometry.num_blocks // RESERVE_PART
         while True:
             num_free = pool.num_unclaimed_blocks
@@ -344,8 +341,8 @@ class KVManager:
         self._retired.setdefault(step_id, []).append(_Retired(request_id, table))
 
     def _let_go(self, table: BlockTable) -> None:
-        if table.end is not None and self._refs[table.end - 1] == 1:
-            self._pool.unclaim(table.end)
+        if table.has_own and table.end is not None:
+            self._pool.unclaim(table.end)  # others may go on with its last block, not with this
         idle: list[int] = []
         free: list[int] = []
         for block in table.blocks:

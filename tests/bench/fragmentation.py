@@ -42,10 +42,10 @@ NUM_WARM_UP, NUM_TURNOVERS = 3, 20  # times that as many blocks as the pool has 
 STEPS_PER_SAMPLE = 10
 MAX_WAITING = 8
 VARIANTS = [(n, 20) for n in (0, 1, 2, 3, 4, 16, 64)] + [(3, n) for n in (4097, 64, 32, 25, 16, 8)]
-MIN_MEAN_RUN, MAX_LOSS = 8.0, 0.02
+MIN_MEAN_RUN, MIN_SHARED, MAX_LOSS = 8.0, 0.3, 0.02
 
-SYSTEM_PROMPTS = (100, 150, 200, 250, 300, 350, 400, 500, 600, 700, 850, 1000)  # one a tenant
-COMES_BACK = 0.5  # share of turns that are followed by another
+SYSTEM_PROMPTS = (150, 225, 300, 375, 450, 525, 600, 750, 900, 1050, 1275, 1500)  # one a tenant
+COMES_BACK = 0.3  # share of turns that are followed by another
 ARRIVALS_PER_STEP = 0.27  # a guess, to let a turn come back soon after the one before it has ended
 MAX_HISTORY = 3000  # tokens; a longer conversation is over
 END = 32_000  # the token that ends an answer
@@ -388,7 +388,10 @@ def main() -> None:
     ratio = capacity_ratio(*compare(args.seed, steps=4000))
     print("capacity without a prefix cache: both must decide the same")
     alone = capacity_ratio(*compare(args.seed, steps=2000, prefix_caching=False))
+    held, shared = fmean(groups.samples.held), fmean(groups.samples.shared)
     checks = (
+        (f"blocks held, at least {OCCUPANCY:.0%}", held, held >= OCCUPANCY),
+        (f"of these shared or found, at least {MIN_SHARED:.0%}", shared, shared >= MIN_SHARED),
         (f"mean run of at least {MIN_MEAN_RUN:g} blocks", mean_run, mean_run >= MIN_MEAN_RUN),
         (f"tokens held within {MAX_LOSS:.0%}", ratio, ratio >= 1 - MAX_LOSS),
         ("the same without a prefix cache", alone, alone == 1),

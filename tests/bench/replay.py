@@ -110,8 +110,11 @@ def main() -> int:
         start_s = time.monotonic()
         is_same = report(log)
         print(f"replay took {time.monotonic() - start_s:.1f} s")
+    lacks = [kind for kind in ("answered", "cached tokens", "clients that left") if not seen[kind]]
+    if lacks:
+        print(f"the load was too tame, there is no: {', '.join(lacks)}")
     failed = any(name.startswith("HTTP 5") and name != "HTTP 503" for name in seen)
-    return int(not is_same or failed or not seen["answered"] or status != 0)
+    return int(not is_same or failed or bool(lacks) or status != 0)
 
 
 if __name__ == "__main__":

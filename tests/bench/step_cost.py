@@ -3,8 +3,9 @@
     python -m tests.bench.step_cost
 
 Runs SmolLM2-135M-Instruct (bfloat16) through the executor that serves it: decodes of 1 to 32
-requests at several contexts, and chunks of a prompt. Prints the medians and the least-squares fit
-of `scheduler.costs.LinearStepCost`. Measured on the CPU of the machine it runs on.
+requests at several contexts, and chunks of a prompt. Prints the medians, the least-squares fit of
+`scheduler.costs.LinearStepCost`, and what share of a decode of 32 the scheduler takes for itself.
+Measured on the CPU of the machine it runs on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from scheduler.kv.blocks import BlockGroup
 from scheduler.types import RequestId, SamplingParams
 from serving.progress import NoProgress
 from serving.store.local import resolve
+from tests.bench import planning
 
 BLOCK, NUM_REPEATS = 16, 7
 # (requests, tokens that each computes, context that each has before)
@@ -84,6 +86,9 @@ def main() -> None:
     names = ("fixed_s", "token_s", "request_s", "context_token_s")
     print(", ".join(f"{name}={value:.3g}" for name, value in zip(names, fit, strict=True)))
     print("relative error of the fit:", np.round(matrix @ fit - 1.0, 2).tolist())
+    step_s = measured_s[SHAPES.index((32, 1, 256))]
+    planned_s = sum(statistics.median(seconds) for seconds in planning.measure(32))
+    print(f"planning and completing 32 requests: {planned_s / step_s:.2%} of that step")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,17 @@ def check_against_transformers(folder: Path) -> None:
     assert logit_errors(logits_NPV, right_NPV).max <= TOLERANCE
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_a_bfloat16_model_are_fp32(tmp_path: Path, tied: bool) -> None:
+    model = load_model(write_model(tmp_path, tie_word_embeddings=tied), "bfloat16")
+    token_T = torch.arange(40)
+    carry, qkv = model.first(token_T, token_T)
+    logits_SV = model.last(carry, qkv.q_THD, token_T)
+    assert logits_SV.dtype is torch.float32
+    is_rounded_SV = logits_SV == logits_SV.to(torch.bfloat16)
+    assert is_rounded_SV.float().mean() < 0.1, "they were rounded on the way"
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
     check_against_transformers(write_model(tmp_path, **VARIANTS[variant]))

@@ -49,6 +49,7 @@ def _count(counts: Counter[str], outcome: Outcome) -> None:
     counts["failures"] += outcome.count(FinishReason.ERROR)
     counts["preemptions"] += outcome.num_preemptions
     counts["steps"] += outcome.num_steps
+    counts["rejections"] += outcome.num_rejections
     counts["block copies"] += outcome.num_copies
     counts["cached tokens"] += sum(outcome.cached.values())
     counts["tokens"] += sum(len(tokens) for tokens in outcome.tokens.values())

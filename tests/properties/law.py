@@ -18,6 +18,8 @@ from scheduler.types import (
     FinishedEvent,
     FinishReason,
     PromptLogprobs,
+    RejectedEvent,
+    RejectReason,
     RequestId,
     RequestSpec,
     StartedEvent,
@@ -49,6 +51,7 @@ class Outcome:
     num_preemptions: int = 0
     num_steps: int = 0
     num_copies: int = 0
+    num_rejections: int = 0
     log_hash: str = ""
 
     def count(self, reason: FinishReason) -> int:
@@ -73,6 +76,7 @@ class Schedule:
         max_num_running = rng.randint(1, 8)
         specs = random_specs(rng, num_blocks)
         poison = rng.choice([0.0, 0.0, 0.1, 0.4])
+        is_queue_short = random.Random(f"queue {seed}").random() < 0.25
         return cls(
             rng=rng,
             num_blocks=num_blocks,
@@ -83,6 +87,7 @@ class Schedule:
                 "policy": rng.choice(["fcfs", "priority"]),
                 "max_num_preemptions": rng.choice([0, 1, 3, 3]),
                 "prefix_caching": rng.random() < 0.8,
+                "max_num_waiting": 1 if is_queue_short else 64,
             },
             specs=specs,
             faults={
@@ -215,13 +220,24 @@ class Player:
     def _disturb(self, now: float) -> None:
         rng = self.plan.rng
         while self.to_arrive and rng.random() < 0.5:
-            assert self.recording.add(self.to_arrive.pop(0), now) is None
+            rejected = self.recording.add(self.to_arrive[0], now)
+            if rejected is not None:
+                self._check_full(rejected)
+                break  # its client tries again
+            self.to_arrive.pop(0)
         if rng.random() < 0.01:
             victim = rng.choice(self.plan.specs).request_id
             shown = rng.choice([None, len(self.outcome.tokens.get(victim, []))])
             event = self.recording.abort(victim, shown)
             if event is not None:
                 self._take(event)
+
+    def _check_full(self, rejected: RejectedEvent) -> None:
+        view, settings = self.scheduler.view(), self.plan.settings
+        assert rejected.reason is RejectReason.QUEUE_FULL
+        num_alive = view.num_running + view.num_waiting
+        assert num_alive == settings["max_num_running"] + settings["max_num_waiting"]
+        self.outcome.num_rejections += 1
 
     def _take(self, event) -> None:
         outcome, request_id = self.outcome, event.request_id

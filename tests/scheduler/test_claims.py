@@ -33,3 +33,18 @@ def test_a_claim_outlasts_those_who_copied_the_block_before_it():
     assert kv.cover(B, 8, 8) == (BlockGroup(5, 1),)
     kv.step_completed(0)
     assert kv._pool.claims() == (BlockGroup(2, 3),)
+
+
+def test_a_claim_goes_with_its_owner_though_others_hold_the_block_before_it():
+    kv = make_kv()
+    kv.adopt(B, Hit((0, 1), None, 8), step_id=0)
+    kv.release(A)
+    assert kv._pool.claims() == ()
+    assert kv.cover(B, 9, 20) == (BlockGroup(2, 1),), "it may grow there now"
+
+
+def test_a_request_that_leaves_takes_no_claim_of_the_one_it_shared_with():
+    kv = make_kv()
+    kv.adopt(B, Hit((0, 1), None, 8), step_id=0)
+    kv.release(B)
+    assert kv._pool.claims() == (BlockGroup(2, 3),)

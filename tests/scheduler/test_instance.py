@@ -235,12 +235,23 @@ def test_a_surplus_token_is_neither_shown_nor_counted():
 
 def test_nothing_is_planned_beyond_the_last_token():
     scheduler = make_scheduler()
-    scheduler.add(make_spec("a", max_tokens=2), 0.0)
+    scheduler.add(make_spec("a", range(5), max_tokens=2), 0.0)  # its second block is not filled
     plans = [scheduler.plan_step(0.0) for _ in range(3)]
     assert plans[2] is None
     finish_step(scheduler, plans[0], a=1)
     assert scheduler.plan_step(0.0) is None
     assert finish_step(scheduler, plans[1], a=2)[-1] == FinishedEvent("a", FinishReason.LENGTH)
+
+
+def test_the_dump_says_what_is_on_its_way():
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    scheduler.add(make_spec("a", range(10)), 0.0)
+    pending = []
+    for _ in range(3):
+        scheduler.plan_step(0.0)
+        (request,) = scheduler.state()["running"]
+        pending.append((request["num_scheduled"], request["num_pending"]))
+    assert pending == [(8, 0), (10, 1), (11, 2)]
 
 
 def test_planning_ahead_waits_for_blocks_that_are_coming():

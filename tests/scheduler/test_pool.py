@@ -173,15 +173,18 @@ def test_a_table_grows_into_its_claim_and_others_go_past_it():
     assert pool.num_stolen_blocks == 0
 
 
-def test_the_far_end_of_the_longest_claim_is_stolen_when_nothing_else_is_free():
+def test_the_far_end_of_the_claim_used_last_is_stolen_when_nothing_else_is_free():
     pool = BlockPool(10)
-    pool.allocate(2, slack=2)  # blocks 0 and 1, claims 2 and 3
-    pool.allocate(2, slack=4)  # blocks 4 and 5, claims 6 to 9
+    pool.allocate(2, slack=4)  # blocks 0 and 1, claims 2 to 5
+    pool.allocate(2, slack=2)  # blocks 6 and 7, claims 8 and 9
     assert pool.allocate(1) == (BlockGroup(9, 1),)
-    assert pool.claims() == (BlockGroup(2, 2), BlockGroup(6, 3))
-    assert pool.num_stolen_blocks == 1
-    assert pool.allocate(6) is None
-    assert pool.num_stolen_blocks == 1, "what fails changes nothing"
+    assert pool.claims() == (BlockGroup(2, 4), BlockGroup(8, 1))
+    pool.allocate(1, after=2)  # now the first was used last
+    assert pool.allocate(1) == (BlockGroup(5, 1),)
+    assert pool.claims() == (BlockGroup(3, 2), BlockGroup(8, 1))
+    assert pool.num_stolen_blocks == 2
+    assert pool.allocate(4) is None
+    assert pool.num_stolen_blocks == 2, "what fails changes nothing"
 
 
 def test_a_claim_that_is_given_up_joins_the_run_behind_it():

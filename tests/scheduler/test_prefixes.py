@@ -42,6 +42,16 @@ def test_n_choices_compute_their_prompt_once():
     assert view.kv.num_copied_blocks == 3
 
 
+def test_a_prompt_shorter_than_a_block_is_found_by_its_own_tenant_alone():
+    for owner, num_copied in ({}, 2), ({"tenant": "other"}, 0), ({"cache_salt": "other"}, 0):
+        scheduler = make_scheduler()
+        scheduler.add(make_spec("a", PROMPT[:3]), 0.0)
+        step(scheduler, a=7)
+        scheduler.add(replace(make_spec("b", PROMPT[:3]), **owner), 0.0)
+        plan = scheduler.plan_step(0.0)
+        assert [copy.num_tokens for copy in plan.copies] == [num_copied] * bool(num_copied), owner
+
+
 def test_of_a_block_that_others_fill_the_shared_tokens_are_copied_and_no_more():
     scheduler = make_scheduler()
     scheduler.add(make_spec("a", PROMPT), 0.0)
