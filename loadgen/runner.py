@@ -118,7 +118,12 @@ def _outgoing(session: Session, turn: Turn, said: list[Message]) -> Outgoing:
     if len(session.turns) > 1:
         assert isinstance(turn.prompt, str), "see `loadgen.target.check`"
         prompt = (*said, Message("user", turn.prompt))
-    return Outgoing(prompt=prompt, max_tokens=turn.max_tokens, priority=session.priority)
+    return Outgoing(
+        prompt=prompt,
+        max_tokens=turn.max_tokens,
+        tenant=session.tenant,
+        priority=session.priority,
+    )
 
 
 def _now() -> float:

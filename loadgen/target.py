@@ -34,6 +34,7 @@ class Outgoing:
 
     prompt: Prompt | tuple[Message, ...]
     max_tokens: int
+    tenant: str = "default"
     priority: int | None = None
 
 
@@ -147,6 +148,8 @@ class OpenAITarget:
             body["messages"] = _messages(outgoing.prompt)
         if self.ignore_eos:
             body["ignore_eos"] = True
+        if outgoing.tenant != "default":
+            body["user"] = outgoing.tenant
         if outgoing.priority is not None:
             body["priority"] = outgoing.priority
         return body | self.extra

@@ -35,31 +35,81 @@ from loadgen.workload.traces import Slice, Trace, cut_trace, has_blocks, read_tr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadSpec:
-    """All that a plan depends on. `lengths`, `sessions` and `tenants` say how to write theirs.
+    """All that a plan depends on.
 
     With a trace, arrivals, lengths and shared prefixes are the trace's, and only floods are drawn
     as without. A trace that is a recorded plan is replayed as it is; the rest is then ignored.
+
+    Parameters
+    ----------
+    seed
+        Of all that is drawn.
+    num_sessions
+        How many sessions start; nearly all are a single request. Floods come on top.
+    duration_s
+        Seconds in which sessions start.
+    arrivals
+        constant, poisson or gamma.
+    rate
+        Sessions a second.
+    cv
+        Coefficient of variation of gamma arrivals; above 1 they come in bursts.
+    prompt_tokens
+        Length of prompts: 128, uniform:16-256, lognormal:200,cv=1.0, lognormal:p50=74,p99=3388,
+        file:PATH[,column=NAME], or Llumnix's short, medium, long.
+    output_tokens
+        Length of answers, in the same words.
+    max_context
+        Tokens of a turn's own prompt and answer; longer ones are shortened, and counted.
+    num_prefixes
+        How many shared prefixes there are.
+    prefix_tokens
+        Length of the shared prefix that stands before each prompt; 0: prompts share nothing.
+    turns
+        Turns of a conversation, in the words of lengths.
+    next_prompt_tokens
+        Length of what the user says in later turns; by default as the first.
+    think
+        Seconds between an answer and the next turn.
+    tenants
+        NAME:WEIGHT[:PRIORITY] shares the sessions, flood:NAME@START+DURATIONxRATE adds some.
+    text
+        File of prose to make prompts of; by default Python's manual.
+    tokenizer
+        Folder of a model, or its tokenizer.json, so that lengths are exact; or: bytes.
+    token_ids
+        Send prompts as token ids.
+    vocab_size
+        Draw token ids below this where there is no tokenizer.
+    trace
+        Azure or BurstGPT CSV, Mooncake JSONL, or a plan that was recorded.
+    trace_start_s
+        Second of the trace to begin at.
+    trace_speed
+        0.02 sends fifty times as slowly as the trace.
+    trace_divisor
+        Divide all lengths by this.
     """
 
     seed: int = 0
-    num_sessions: int | None = None  # floods come on top
-    duration_s: float | None = None  # in which sessions start
+    num_sessions: int | None = None
+    duration_s: float | None = None
     arrivals: str = "poisson"
-    rate: float = 1.0  # sessions a second; infinite: all at once
-    cv: float = 1.0  # of gamma arrivals
+    rate: float = 1.0
+    cv: float = 1.0
     prompt_tokens: str = "256"
     output_tokens: str = "128"
-    max_context: int | None = None  # tokens of a turn's own prompt and answer; longer are shortened
+    max_context: int | None = None
     num_prefixes: int = 1
-    prefix_tokens: int = 0  # in front of `prompt_tokens`; 0: prompts share nothing
+    prefix_tokens: int = 0
     turns: str = "1"
-    next_prompt_tokens: str | None = None  # of later turns; None: as `prompt_tokens`
+    next_prompt_tokens: str | None = None
     think: str = "0"
     tenants: tuple[str, ...] = ()
-    text: Path | None = None  # prose; None: Python's manual
-    tokenizer: str | None = None  # None: counts are estimates, and not in the plan
-    token_ids: bool = False  # send ids in place of text
-    vocab_size: int | None = None  # random ids below it, where there is no tokenizer
+    text: Path | None = None
+    tokenizer: str | None = None
+    token_ids: bool = False
+    vocab_size: int | None = None
     trace: Path | None = None
     trace_start_s: float = 0.0
     trace_speed: float = 1.0

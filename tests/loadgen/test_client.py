@@ -160,12 +160,13 @@ def test_nobody_there_and_nothing_like_it():
 
 def test_a_conversation_is_sent_as_messages_or_as_a_text_that_goes_on():
     said = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
-    outgoing = Outgoing(prompt=said, max_tokens=1, priority=2)
+    outgoing = Outgoing(prompt=said, max_tokens=1, tenant="gold", priority=2)
     chat = OpenAITarget(url="", model="m", endpoint="chat")._body(outgoing)
     assert [message["content"] for message in chat["messages"]] == ["a", "b", "c"]
     assert [message["role"] for message in chat["messages"]] == ["user", "assistant", "user"]
     text = OpenAITarget(url="", model="m", extra={"top_k": 3}, ignore_eos=False)._body(outgoing)
     assert (text["prompt"], text["priority"], text["top_k"]) == ("ab\n\nc", 2, 3)
     assert "ignore_eos" not in text
+    assert text["user"] == "gold"
     ids = OpenAITarget(url="", model="m")._body(Outgoing(prompt=(1, 2), max_tokens=1))
     assert ids["prompt"] == [1, 2]
