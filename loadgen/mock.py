@@ -13,6 +13,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,18 +116,19 @@ class MockServer:
         if not body.get("stream"):
             await self.clock.until(start_s + config.ttft_s + (num_tokens - 1) * config.itl_s)
             return web.json_response(_whole(num_tokens, usage, is_chat=is_chat))
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
-        await response.prepare(request)
         head, tail = _chunk(is_chat=is_chat)
-        for index in range(num_tokens):
-            if is_cut and index == num_tokens // 2:
-                assert request.transport is not None
-                request.transport.abort()
-                return response
-            await self.clock.until(start_s + config.ttft_s + index * config.itl_s)
-            await response.write(head % time.monotonic_ns() + tail)
-        await response.write(_end(body, usage, is_chat=is_chat))
-        await response.write_eof()
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        with suppress(ConnectionResetError):  # the client left
+            await response.prepare(request)
+            for index in range(num_tokens):
+                if is_cut and index == num_tokens // 2:
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return response
+                await self.clock.until(start_s + config.ttft_s + index * config.itl_s)
+                await response.write(head % time.monotonic_ns() + tail)
+            await response.write(_end(body, usage, is_chat=is_chat))
+            await response.write_eof()
         return response
 
 

@@ -94,13 +94,17 @@ def sparkline(values: Floats) -> str:
 def _errors(summary: Summary) -> list[RenderableType]:
     if not summary.errors:
         return []
+    rows = [
+        (words.plain(error.name, 24), f"{error.num:,}", words.plain(error.example, 80))
+        for error in summary.errors[:_MAX_ERRORS]
+    ]
+    names, nums, _ = ([len(cell) for cell in column] for column in zip(*rows, strict=True))
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold red", no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim", no_wrap=True, overflow="ellipsis")
-    for error in summary.errors[:_MAX_ERRORS]:
-        example = words.plain(error.example, 80)
-        table.add_row(Text(words.plain(error.name, 24)), f"{error.num:,}", Text(example))
+    table.add_column(style="bold red", no_wrap=True, min_width=max(names))
+    table.add_column(justify="right", no_wrap=True, min_width=max(nums))
+    table.add_column(style="dim", no_wrap=True, overflow="ellipsis")  # what gives way
+    for row in rows:
+        table.add_row(*map(Text, row))
     rest = words.more(summary.errors, _MAX_ERRORS)
     return [Text(), table, *([Text(rest, "dim")] if rest else [])]
 

@@ -80,7 +80,8 @@ def test_a_run_is_printed_written_and_replayed(tmp_path: Path):
 def test_ctrl_c_still_writes_the_report(tmp_path: Path):
     file = tmp_path / "run.json"
     with mock("--ttft", 10) as (_, url):
-        words = ("run", url, "--num-sessions", "1000", "--rate", "20", "--json", str(file))
+        load = ("--num-sessions", "1000", "--rate", "20", "--output-tokens", "2")
+        words = ("run", url, *load, "--json", str(file))
         with subprocess.Popen([*LOADGEN, *words], stdout=subprocess.PIPE, text=True) as process:
             wait_until_busy(url, 10)
             process.send_signal(signal.SIGINT)
@@ -95,7 +96,8 @@ def test_ctrl_c_still_writes_the_report(tmp_path: Path):
 def test_a_server_that_dies_is_told_and_what_came_before_is_kept(tmp_path: Path):
     file = tmp_path / "run.json"
     with mock("--ttft", 5, "--itl", 1) as (server, url):
-        words = ("run", url, "--num-sessions", "120", "--rate", "20", "--json", str(file))
+        load = ("--num-sessions", "120", "--rate", "20", "--output-tokens", "2")
+        words = ("run", url, *load, "--json", str(file))
         with subprocess.Popen([*LOADGEN, *words], stdout=subprocess.PIPE, text=True) as process:
             wait_until_busy(url, 10)
             server.kill()
