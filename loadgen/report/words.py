@@ -100,7 +100,7 @@ def throughput_rows(summary: Summary) -> list[tuple[str, str, str]]:
         rows.append(("goodput", f"{number(good.requests_per_s)} /s", kept))
     if stalls.num:
         longest = f"in {plural(stalls.num_requests, 'request')}, {_longest(summary)}"
-        over = f"over {bound(stalls.threshold_s)}, {longest}"
+        over = f"over {duration(stalls.threshold_s)}, {longest}"
         rows.append(("stalls", f"{stalls.num:,}", over))
     if summary.lag is not None:
         rows.append(("own lag", *_lag_cells(summary)))

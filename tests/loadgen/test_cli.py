@@ -96,7 +96,7 @@ def test_ctrl_c_still_writes_the_report(tmp_path: Path):
 def test_a_server_that_dies_is_told_and_what_came_before_is_kept(tmp_path: Path):
     file = tmp_path / "run.json"
     with mock("--ttft", 5, "--itl", 1) as (server, url):
-        load = ("--num-sessions", "120", "--rate", "20", "--output-tokens", "2")
+        load = ("--num-sessions", "80", "--rate", "20", "--output-tokens", "2")
         words = ("run", url, *load, "--json", str(file))
         with subprocess.Popen([*LOADGEN, *words], stdout=subprocess.PIPE, text=True) as process:
             wait_until_busy(url, 10)
@@ -107,7 +107,7 @@ def test_a_server_that_dies_is_told_and_what_came_before_is_kept(tmp_path: Path)
     errors = {record.error for record in run.records}
     assert "" in errors
     assert "refused" in errors
-    assert len(run.records) == 120
+    assert len(run.records) == 80
     assert re.search(r"refused", out)
 
 
