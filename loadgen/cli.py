@@ -22,7 +22,6 @@ from loadgen.once import Asked, TargetFlags, run_once, why_nothing_came
 from loadgen.report.files import facts, write_json
 from loadgen.report.html import write_html
 from loadgen.report.terminal import print_report
-from loadgen.runner import Pace
 from loadgen.types import LoadError, Plan, Run
 from loadgen.workload.build import WorkloadSpec, build
 from loadgen.workload.plan_file import write_plan
@@ -95,7 +94,7 @@ async def _run(
         url=url,
         plan=built.plan,
         seed=workload.seed,
-        pace=_pace(measure),
+        concurrency=measure.concurrency,
         flags=target,
         extra=_extra(target),
         facts=facts() | built.facts,
@@ -188,7 +187,7 @@ async def _compare(
         url="",
         plan=(),
         seed=0,
-        pace=_pace(measure),
+        concurrency=measure.concurrency,
         flags=target,
         extra=_extra(target),
         facts=facts(),
@@ -278,6 +277,8 @@ def _bounded(workload: WorkloadSpec, measure: MeasureFlags) -> WorkloadSpec:
     """Give a load that nobody bounded a size, and a closed loop all its sessions at once."""
     if (workload.num_sessions, workload.duration_s, workload.trace) == (None, None, None):
         workload = replace(workload, num_sessions=_DEFAULT_SESSIONS)
+    if measure.concurrency is not None and measure.concurrency < 1:
+        raise LoadError("a concurrency below 1 sends nothing", "give at least 1")
     if measure.concurrency is not None and workload.trace is None:
         if workload.num_sessions is None:
             raise LoadError(
@@ -286,12 +287,6 @@ def _bounded(workload: WorkloadSpec, measure: MeasureFlags) -> WorkloadSpec:
             )
         workload = replace(workload, rate=math.inf)
     return workload
-
-
-def _pace(measure: MeasureFlags) -> Pace:
-    if measure.concurrency is not None and measure.concurrency < 1:
-        raise LoadError("a concurrency below 1 sends nothing", "give at least 1")
-    return Pace(concurrency=measure.concurrency)
 
 
 def _extra(target: TargetFlags) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loadgen.progress import hide, show
-from loadgen.runner import Pace, Progress, play
+from loadgen.runner import Progress, play
 from loadgen.target import OpenAITarget, check, served_model
 from loadgen.types import LoadError, Plan, Run
 
@@ -52,7 +52,7 @@ class Asked:
     url: str
     plan: Plan
     seed: int
-    pace: Pace = field(default_factory=Pace)
+    concurrency: int | None = None  # a closed loop; None: an open one
     flags: TargetFlags = field(default_factory=TargetFlags)
     extra: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
@@ -78,10 +78,10 @@ async def run_once(asked: Asked) -> Run:
         async with target:
             showing = asyncio.create_task(show(progress, asked.name))
             try:
-                await play(asked.plan, target, asked.pace, stop, progress)
+                await play(asked.plan, target, stop, progress, asked.concurrency)
             finally:
                 await hide(showing)
-    is_open = asked.pace.concurrency is None
+    is_open = asked.concurrency is None
     return Run(
         name=asked.name,
         url=url,

@@ -37,24 +37,19 @@ class Progress:
         return tuple(record.sent_at_s - record.intended_at_s for record in self.records)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """`concurrency` sessions at a time, or, without it, when the plan says."""
-
-    concurrency: int | None = None
-    grace_s: float = 0.0  # after an interruption, for answers that are on their way
-
-
 async def play(
-    plan: Plan, target: Target, pace: Pace, stop: asyncio.Event, progress: Progress
+    plan: Plan, target: Target, stop: asyncio.Event, progress: Progress, concurrency: int | None
 ) -> None:
-    """Play the whole plan, or until `stop` is set; `progress` holds what came of it."""
+    """Play the whole plan, or until `stop` is set; `progress` holds what came of it.
+
+    `concurrency` sessions at a time, or, without it, each when the plan says.
+    """
     with _quiet_collector():
         progress.zero_s = _now()
-        if pace.concurrency is None:
+        if concurrency is None:
             running = asyncio.create_task(_open_loop(plan, target, progress))
         else:
-            running = asyncio.create_task(_closed_loop(plan, target, pace.concurrency, progress))
+            running = asyncio.create_task(_closed_loop(plan, target, concurrency, progress))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
         progress.interrupted = not running.done()

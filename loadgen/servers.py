@@ -27,7 +27,7 @@ async def running(command: str) -> AsyncIterator[str]:
 
     `{port}` in the command is replaced by a free port. Raises LoadError if it does not get ready.
     """
-    port = _free_port()
+    port = free_port()
     if "{port}" not in command:
         raise LoadError(
             f"the server's command does not say where its port goes: {command}",
@@ -81,7 +81,8 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

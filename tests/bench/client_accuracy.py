@@ -24,7 +24,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from loadgen.runner import Pace, Progress, play
+from loadgen.runner import Progress, play
+from loadgen.servers import free_port
 from loadgen.target import OpenAITarget
 from loadgen.types import Session, Turn
 
@@ -36,9 +37,7 @@ _STAMP = re.compile(rb'"sent_ns":(\d+)')
 
 @contextlib.contextmanager
 def mock(itl_ms: float) -> Iterator[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     words = [sys.executable, "-m", "loadgen", "mock", "--port", str(port), "--ttft", "100"]
     with subprocess.Popen([*words, "--itl", str(itl_ms)], stdout=subprocess.PIPE) as process:
         try:
@@ -57,7 +56,7 @@ async def by_loadgen(port: int, streams: int, tokens: int) -> list[float]:
     plan = tuple(Session(start_at_s=number / streams, turns=(turn,)) for number in range(streams))
     progress = Progress(len(plan))
     async with OpenAITarget(url=f"http://127.0.0.1:{port}", model="mock") as target:
-        await play(plan, target, Pace(), asyncio.Event(), progress)
+        await play(plan, target, asyncio.Event(), progress, None)
     assert all(record.ok for record in progress.records)
     return [
         received - stamped

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from loadgen.report.files import read_json
+from loadgen.servers import free_port
 
 LOADGEN = [sys.executable, "-m", "loadgen"]
 
@@ -25,12 +26,6 @@ def loadgen(*words, expect=0):
     done = subprocess.run([*LOADGEN, *map(str, words)], capture_output=True, text=True, check=False)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout, done.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from loadgen.mock import MockConfig, MockServer
-from loadgen.runner import Pace, Progress, play
+from loadgen.runner import Progress, play
 from loadgen.target import Message, OpenAITarget, Outgoing, served_model
 from loadgen.types import LoadError, Record, Session, Turn
 
@@ -68,7 +68,7 @@ def test_many_requests_at_once_each_get_their_own_answer():
     async def talk(url):
         progress = Progress(len(plan))
         async with OpenAITarget(url=url, model="mock") as target:
-            await play(plan, target, Pace(), asyncio.Event(), progress)
+            await play(plan, target, asyncio.Event(), progress, None)
         return progress
 
     progress = with_server(server.app, talk)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loadgen.mock import Clock, MockConfig
-from loadgen.runner import Pace, Progress, play
+from loadgen.runner import Progress, play
 from loadgen.target import Message, check
 from loadgen.types import LoadError, Session, Turn
 from tests.loadgen.virtual import run_virtually
@@ -45,7 +45,7 @@ def played(plan, target, *, concurrency=None, stop_at_s=None):
         stop, progress = asyncio.Event(), Progress(len(plan))
         if stop_at_s is not None:
             asyncio.get_running_loop().call_later(stop_at_s, stop.set)
-        await play(plan, target, Pace(concurrency=concurrency), stop, progress)
+        await play(plan, target, stop, progress, concurrency)
         return progress
 
     return run_virtually(main())

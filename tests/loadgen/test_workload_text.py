@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -57,21 +55,20 @@ def across_words():
     return tokenizer
 
 
-def installed():
-    found = sorted((Path.home() / ".cache/hocket/models").glob("*/tokenizer.json"))
-    return Tokenizer.from_file(str(found[0])) if found else pytest.skip("no model was pulled")
-
-
 MADE = {
     "byte_level": byte_level,
     "marked_words": marked_words,
     "across_words": across_words,
-    "installed": installed,
 }
 
 
-@pytest.fixture(scope="module", params=[*MADE, "bytes"])
+REAL = pytest.param("real", marks=pytest.mark.realmodel)
+
+
+@pytest.fixture(scope="module", params=[*MADE, REAL, "bytes"])
 def tokenizer(request):
+    if request.param == "real":
+        return load_tokenizer(str(request.getfixturevalue("real_model")))
     if request.param == "bytes":
         return ByteTokenizer()
     return ModelTokenizer(MADE[request.param]())
@@ -184,8 +181,9 @@ def test_token_ids_behind_a_head(words):
     assert set(anything.prompt) == {0, 1, 2, 3, 4}
 
 
-def test_without_a_tokenizer_the_count_is_near_and_unknown():
-    real = ModelTokenizer(installed())
+@pytest.mark.realmodel
+def test_without_a_tokenizer_the_count_is_near_and_unknown(real_model):
+    real = load_tokenizer(str(real_model))
     maker = PromptMaker(default_text())
     source = rng()
     prompts = [maker.make(400, source) for _ in range(50)]
