@@ -12,14 +12,15 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 
 from loadgen.compare.arms import Arm, Result, arm, compared, run_pairs
 from loadgen.compare.report import comparison_table
 from loadgen.compare.statistics import ScheduledRun, schedule
 from loadgen.metrics import Slo, summarize
+from loadgen.mock import MockConfig, serve
 from loadgen.once import Asked, TargetFlags, run_once, why_nothing_came
-from loadgen.report.files import facts, write_json
+from loadgen.report.files import facts, write_comparison, write_json
 from loadgen.report.html import write_html
 from loadgen.report.terminal import print_report
 from loadgen.types import LoadError, Plan, Run
@@ -43,7 +44,7 @@ class MeasureFlags:
     slo
         What a good request keeps, in milliseconds, such as ttft:200 tpot:50 (itl, e2e).
     json
-        File for everything that was measured.
+        File for everything that was measured; a comparison adds one for each run.
     html
         File for the report as one page.
     """
@@ -55,6 +56,13 @@ class MeasureFlags:
 
 
 _WORKLOAD, _TARGET, _MEASURE = WorkloadSpec(), TargetFlags(), MeasureFlags()
+_WORKLOAD_GROUP, _TARGET_GROUP, _MEASURE_GROUP, _COMPARE_GROUP = (
+    Group(name, sort_key=place)
+    for place, name in enumerate(("Workload", "Requests", "Measures", "Comparison"))
+)
+WorkloadOf = Annotated[WorkloadSpec, Parameter(name="*", group=_WORKLOAD_GROUP)]
+TargetOf = Annotated[TargetFlags, Parameter(name="*", group=_TARGET_GROUP)]
+MeasureOf = Annotated[MeasureFlags, Parameter(name="*", group=_MEASURE_GROUP)]
 
 
 @app.command
@@ -62,10 +70,10 @@ def run(
     url: str = "http://127.0.0.1:8000",
     /,
     *,
-    workload: Annotated[WorkloadSpec, Parameter(name="*")] = _WORKLOAD,
-    target: Annotated[TargetFlags, Parameter(name="*")] = _TARGET,
-    measure: Annotated[MeasureFlags, Parameter(name="*")] = _MEASURE,
-    record: Path | None = None,
+    workload: WorkloadOf = _WORKLOAD,
+    target: TargetOf = _TARGET,
+    measure: MeasureOf = _MEASURE,
+    record: Annotated[Path | None, Parameter(group=_MEASURE_GROUP)] = None,
 ) -> None:
     """Send a load to a server and report its latencies, throughput and errors.
 
@@ -141,10 +149,10 @@ def compare(
     b: str,
     /,
     *,
-    turns: Annotated[CompareFlags, Parameter(name="*")] = _COMPARE,
-    workload: Annotated[WorkloadSpec, Parameter(name="*")] = _WORKLOAD,
-    target: Annotated[TargetFlags, Parameter(name="*")] = _TARGET,
-    measure: Annotated[MeasureFlags, Parameter(name="*")] = _MEASURE,
+    turns: Annotated[CompareFlags, Parameter(name="*", group=_COMPARE_GROUP)] = _COMPARE,
+    workload: WorkloadOf = _WORKLOAD,
+    target: TargetOf = _TARGET,
+    measure: MeasureOf = _MEASURE,
 ) -> None:
     """Run two servers, or one with two settings, in turn, and say what differs.
 
@@ -193,9 +201,12 @@ async def _compare(
         facts=facts(),
     )
     await run_pairs(arms, order, plan_of, asked, take)
-    table = comparison_table(compared(results, turns.primary))
+    comparisons = compared(results, turns.primary)
+    table = comparison_table(comparisons)
     print(table)  # noqa: T201 (the command's result)
     if measure.json is not None:
+        names = {name: served.name for name, served in arms.items()}
+        write_comparison(measure.json, names, comparisons, asked.facts)
         for scheduled, result, summary in results:
             name = f"{measure.json.stem}-{scheduled.pair}{scheduled.arm}{measure.json.suffix}"
             write_json(measure.json.with_name(name), result, summary)
@@ -205,72 +216,25 @@ async def _compare(
     return INTERRUPTED if len(results) < len(order) else 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MockFlags:
-    """How the mock server behaves.
+_MOCK = MockConfig()
+
+
+@app.command
+def mock(*, port: int = 8000, config: Annotated[MockConfig, Parameter(name="*")] = _MOCK) -> None:
+    """Serve answers of known latencies on loopback, to try a client against.
+
+    Each chunk says in `sent_ns` when it was sent, by the monotonic clock of this machine, and
+    /stamps what TTFT and ITL were by these stamps.
 
     Parameters
     ----------
     port
         On loopback.
-    ttft
-        Milliseconds to the first token.
-    itl
-        Milliseconds between tokens.
-    tokens
-        Length of an answer when the request does not say.
-    error_rate
-        Share of requests that fail.
-    error_status
-        With which status.
-    disconnect_rate
-        Share of answers that are cut off in the middle.
-    freeze_at
-        Seconds after the first request at which the server stands still.
-    freeze
-        For how many seconds.
-    seed
-        Of which requests fail.
     """
-
-    port: int = 8000
-    ttft: float = 50.0
-    itl: float = 10.0
-    tokens: int = 16
-    error_rate: float = 0.0
-    error_status: int = 500
-    disconnect_rate: float = 0.0
-    freeze_at: float = 0.0
-    freeze: float = 0.0
-    seed: int = 0
-
-
-_MOCK = MockFlags()
-
-
-@app.command
-def mock(flags: Annotated[MockFlags, Parameter(name="*")] = _MOCK) -> None:
-    """Serve answers of known latencies on loopback, to try a client against.
-
-    Each chunk says in `sent_ns` when it was sent, by the monotonic clock of this machine.
-    """
-    from loadgen.mock import MockConfig, serve
-
-    config = MockConfig(
-        ttft_s=flags.ttft / 1000,
-        itl_s=flags.itl / 1000,
-        default_tokens=flags.tokens,
-        error_rate=flags.error_rate,
-        error_status=flags.error_status,
-        disconnect_rate=flags.disconnect_rate,
-        freeze_at_s=flags.freeze_at,
-        freeze_s=flags.freeze,
-        seed=flags.seed,
-    )
     try:
-        serve(config, flags.port)
+        serve(config, port)
     except OSError as error:
-        _exit(LoadError(f"port {flags.port}: {error.strerror}", "name another one with --port"))
+        _exit(LoadError(f"port {port}: {error.strerror}", "name another one with --port"))
 
 
 def _bounded(workload: WorkloadSpec, measure: MeasureFlags) -> WorkloadSpec:

@@ -5,6 +5,7 @@ known. While it is frozen its time stands still, but for the stamps: nothing is 
 and all that was due is due that much later, as with a process that is stopped for a while.
 
     POST /v1/completions, /v1/chat/completions (stream or not), GET /v1/models, /health
+    GET /stamps: TTFT and ITL by its own stamps, for clients that do not read them
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,23 +22,52 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from loadgen.distribution import distribution
+
 MODEL = "mock"
 _WORD = " word"
+_MOST_STAMPS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MockConfig:
-    """How the server behaves; rates are shares of the requests."""
+    """How the mock server behaves.
 
-    ttft_s: float = 0.05
-    itl_s: float = 0.01
-    default_tokens: int = 16  # when a request does not say how many
+    Parameters
+    ----------
+    ttft_ms
+        Milliseconds to the first token.
+    itl_ms
+        Milliseconds between tokens.
+    default_tokens
+        Length of an answer when the request does not say.
+    error_rate
+        Share of requests that fail.
+    error_status
+        With which status.
+    disconnect_rate
+        Share of answers that are cut off in the middle.
+    freeze_at_s
+        Seconds after the first request at which the server stands still.
+    freeze_s
+        For how many seconds.
+    seed
+        Of which requests fail.
+    """
+
+    ttft_ms: float = 50.0
+    itl_ms: float = 10.0
+    default_tokens: int = 16
     error_rate: float = 0.0
     error_status: int = 500
-    disconnect_rate: float = 0.0  # in the middle of the answer
-    freeze_at_s: float = 0.0  # after the first request
+    disconnect_rate: float = 0.0
+    freeze_at_s: float = 0.0
     freeze_s: float = 0.0
     seed: int = 0
+
+    def due_s(self, index: int) -> float:
+        """Return when a token is due, after the request came."""
+        return (self.ttft_ms + index * self.itl_ms) / 1000
 
 
 class Clock:
@@ -79,15 +110,21 @@ class MockServer:
         self.config = config
         self.clock = Clock(config, time.monotonic)
         self.num_requests = 0
+        self.ttfts_s = deque[float](maxlen=_MOST_STAMPS)  # of streamed answers
+        self.itls_s = deque[float](maxlen=_MOST_STAMPS)
         self._rng = random.Random(config.seed)  # noqa: S311 (which requests fail)
         self.app = web.Application(client_max_size=64 << 20)
         self.app.router.add_get("/health", self._health)
+        self.app.router.add_get("/stamps", self._stamps)
         self.app.router.add_get("/v1/models", self._models)
         self.app.router.add_post("/v1/completions", self._completions)
         self.app.router.add_post("/v1/chat/completions", self._chat)
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.json_response({"num_requests": self.num_requests})
+
+    async def _stamps(self, _: web.Request) -> web.Response:
+        return web.json_response({"ttft": _said(self.ttfts_s), "itl": _said(self.itls_s)})
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
@@ -99,7 +136,7 @@ class MockServer:
         return await self._answer(request, is_chat=True)
 
     async def _answer(self, request: web.Request, *, is_chat: bool) -> web.StreamResponse:
-        start_s = self.clock.now()
+        came_ns, start_s = time.monotonic_ns(), self.clock.now()
         config = self.config
         body = msgspec.json.decode(await request.read())
         self.num_requests += 1
@@ -114,19 +151,23 @@ class MockServer:
         usage = {"prompt_tokens": _num_prompt_tokens(body), "completion_tokens": num_tokens}
         usage["total_tokens"] = usage["prompt_tokens"] + num_tokens
         if not body.get("stream"):
-            await self.clock.until(start_s + config.ttft_s + (num_tokens - 1) * config.itl_s)
+            await self.clock.until(start_s + config.due_s(num_tokens - 1))
             return web.json_response(_whole(num_tokens, usage, is_chat=is_chat))
         head, tail = _chunk(is_chat=is_chat)
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         with suppress(ConnectionResetError):  # the client left
             await response.prepare(request)
+            before_ns, gaps_s = came_ns, self.ttfts_s
             for index in range(num_tokens):
                 if is_cut and index == num_tokens // 2:
                     assert request.transport is not None
                     request.transport.abort()
                     return response
-                await self.clock.until(start_s + config.ttft_s + index * config.itl_s)
-                await response.write(head % time.monotonic_ns() + tail)
+                await self.clock.until(start_s + config.due_s(index))
+                sent_ns = time.monotonic_ns()
+                gaps_s.append((sent_ns - before_ns) * 1e-9)
+                before_ns, gaps_s = sent_ns, self.itls_s
+                await response.write(head % sent_ns + tail)
             await response.write(_end(body, usage, is_chat=is_chat))
             await response.write_eof()
         return response
@@ -136,12 +177,17 @@ def serve(config: MockConfig, port: int) -> None:
     """Serve on loopback until SIGINT or SIGTERM. Raises OSError if the port cannot be had."""
     url = f"http://127.0.0.1:{port}"
     print(  # noqa: T201 (the command's result)
-        f"Mock server at {url}/v1, model {MODEL}: first token after {1000 * config.ttft_s:g} ms, "
-        f"then one every {1000 * config.itl_s:g} ms\nNext: hocket bench run {url}",
+        f"Mock server at {url}/v1, model {MODEL}: first token after {config.ttft_ms:g} ms, "
+        f"then one every {config.itl_ms:g} ms\nNext: hocket bench run {url}",
         flush=True,
     )
     app = MockServer(config).app
     web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
+
+
+def _said(values_s: Iterable[float]) -> dict[str, float | None]:
+    found = distribution(values_s)
+    return {"num": found.num, "p50_s": found.p50_s, "p99_s": found.p99_s}
 
 
 def _num_prompt_tokens(body: dict[str, Any]) -> int:

@@ -182,7 +182,7 @@ async def served_model(url: str, api_key: str) -> str:
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise LoadError(
             f"no server answers at {url}: {_shortened(str(error) or repr(error))}",
-            "start it, or name another with --url",
+            "start it, or give another address",
         ) from error
     except (msgspec.MsgspecError, LookupError, TypeError) as error:
         raise LoadError(

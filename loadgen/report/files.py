@@ -19,10 +19,12 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+from loadgen.compare.statistics import Comparison
 from loadgen.metrics import Summary
 from loadgen.types import LoadError, Record, Run
 
 FORMAT = "hocket-loadgen-run"
+COMPARISON_FORMAT = "hocket-loadgen-comparison"
 VERSION = 1
 
 _TIMES = ("intended_at_s", "sent_at_s", "end_at_s")
@@ -53,6 +55,23 @@ def write_json(path: Path, run: Run, summary: Summary) -> None:
         "records": _columns(run.records),
     }
     write_text(path, json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def write_comparison(
+    path: Path,
+    arms: Mapping[str, str],
+    comparisons: Sequence[Comparison],
+    facts: Mapping[str, str],
+) -> None:
+    """Write what a comparison showed, whole or not at all. Raises LoadError."""
+    document = {
+        "format": COMPARISON_FORMAT,
+        "version": VERSION,
+        "arms": dict(arms),
+        "comparisons": [asdict(it) | {"verdict": it.verdict} for it in comparisons],
+        "facts": dict(facts),
+    }
+    write_text(path, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,21 +13,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from loadgen.runner import Progress, play
-from loadgen.servers import free_port
 from loadgen.target import OpenAITarget
 from loadgen.types import Session, Turn
+from tests.loadgen.mocks import mock_server
 
 ITL_MS = 10.0
 SECONDS = 5.0
@@ -35,27 +33,12 @@ CAPACITY_STREAMS = 600
 _STAMP = re.compile(rb'"sent_ns":(\d+)')
 
 
-@contextlib.contextmanager
-def mock(itl_ms: float) -> Iterator[int]:
-    port = free_port()
-    words = [sys.executable, "-m", "loadgen", "mock", "--port", str(port), "--ttft", "100"]
-    with subprocess.Popen([*words, "--itl", str(itl_ms)], stdout=subprocess.PIPE) as process:
-        try:
-            for _ in range(200):
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    break
-                time.sleep(0.05)
-            yield port
-        finally:
-            process.kill()
-
-
-async def by_loadgen(port: int, streams: int, tokens: int) -> list[float]:
+async def by_loadgen(url: str, streams: int, tokens: int) -> list[float]:
     turn = Turn(prompt="hello", max_tokens=tokens)
     # Spread over the first interval, or all chunks would be due at the same moments.
     plan = tuple(Session(start_at_s=number / streams, turns=(turn,)) for number in range(streams))
     progress = Progress(len(plan))
-    async with OpenAITarget(url=f"http://127.0.0.1:{port}", model="mock") as target:
+    async with OpenAITarget(url=url, model="mock") as target:
         await play(plan, target, asyncio.Event(), progress, None)
     assert all(record.ok for record in progress.records)
     return [
@@ -65,14 +48,14 @@ async def by_loadgen(port: int, streams: int, tokens: int) -> list[float]:
     ]
 
 
-async def by_bare_reader(port: int, streams: int, tokens: int) -> list[float]:
+async def by_bare_reader(url: str, streams: int, tokens: int) -> list[float]:
     body = json.dumps({"prompt": "hello", "max_tokens": tokens, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    seen: list[tuple[float, bytes]] = []
+    parts, seen = urlsplit(url), list[tuple[float, bytes]]()
 
     async def one(number: int) -> None:
         await asyncio.sleep(number / streams)
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         writer.write(head.encode() + body)
         while data := await reader.read(1 << 16):
             seen.append((time.monotonic(), data))
@@ -87,18 +70,18 @@ async def by_bare_reader(port: int, streams: int, tokens: int) -> list[float]:
 READERS = {"loadgen": by_loadgen, "bare": by_bare_reader}
 
 
-def child(name: str, port: int, streams: int, tokens: int) -> None:
+def child(name: str, url: str, streams: int, tokens: int) -> None:
     """Print what one reader saw: events, its CPU seconds, and percentiles of the lateness."""
     start_cpu_s, start_s = time.process_time(), time.monotonic()
-    late_s = asyncio.run(READERS[name](port, streams, tokens))
+    late_s = asyncio.run(READERS[name](url, streams, tokens))
     used_s, took_s = time.process_time() - start_cpu_s, time.monotonic() - start_s
     p50, p99, p999 = (float(cut) for cut in np.percentile(late_s, [50, 99, 99.9]))
     seen = {"events": len(late_s), "cpu_s": used_s, "s": took_s}
     print(json.dumps(seen | {"p50": p50, "p99": p99, "p999": p999}))
 
 
-def run(name: str, port: int, streams: int, tokens: int) -> dict[str, float]:
-    words = ["--child", name, str(port), str(streams), str(tokens)]
+def run(name: str, url: str, streams: int, tokens: int) -> dict[str, float]:
+    words = ["--child", name, url, str(streams), str(tokens)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench.client_accuracy", *words],
         capture_output=True,
@@ -115,22 +98,22 @@ def main() -> None:
     parser.add_argument("--child", nargs=4)
     args = parser.parse_args()
     if args.child:
-        name, *numbers = args.child
-        child(name, *map(int, numbers))
+        name, url, *numbers = args.child
+        child(name, url, *map(int, numbers))
         return
-    with mock(itl_ms=1.0) as port:
-        runs = [run("loadgen", port, CAPACITY_STREAMS, 100) for _ in range(args.rounds)]
+    with mock_server("--ttft-ms", 100, "--itl-ms", 1) as (_, url):
+        runs = [run("loadgen", url, CAPACITY_STREAMS, 100) for _ in range(args.rounds)]
     capacity = float(np.median([found["events"] / found["cpu_s"] for found in runs]))
     print(f"capacity: {capacity:,.0f} events a second of its CPU ({args.rounds} runs, median)")
     print(f"{'load':>8} {'reader':>8} {'events/s':>9} {'p50 ms':>8} {'p99':>8} {'p99.9':>8}")
     for share in (0.1, 0.5):
         streams = max(1, round(capacity * share * ITL_MS / 1000))
         found: dict[str, list[dict[str, float]]] = {name: [] for name in READERS}
-        with mock(ITL_MS) as port:
+        with mock_server("--ttft-ms", 100, "--itl-ms", ITL_MS) as (_, url):
             for _ in range(args.rounds):
                 for name in ("loadgen", "bare", "bare", "loadgen"):
                     tokens = round(1000 * SECONDS / ITL_MS)
-                    found[name].append(run(name, port, streams, tokens))
+                    found[name].append(run(name, url, streams, tokens))
         for name, seen in found.items():
             rate = np.median([one["events"] / one["s"] for one in seen])
             cuts = [1000 * np.median([one[cut] for one in seen]) for cut in ("p50", "p99", "p999")]

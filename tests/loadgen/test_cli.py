@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,9 +14,7 @@ from pathlib import Path
 import pytest
 
 from loadgen.report.files import read_json
-from loadgen.servers import free_port
-
-LOADGEN = [sys.executable, "-m", "loadgen"]
+from tests.loadgen.mocks import LOADGEN, mock_server
 
 
 def loadgen(*words, expect=0):
@@ -26,22 +22,6 @@ def loadgen(*words, expect=0):
     done = subprocess.run([*LOADGEN, *map(str, words)], capture_output=True, text=True, check=False)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout, done.stderr
-
-
-@contextlib.contextmanager
-def mock(*flags):
-    port = free_port()
-    words = [*LOADGEN, "mock", "--port", str(port), *map(str, flags)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert "Next:" in process.stdout.readline() + process.stdout.readline()
-            for _ in range(100):
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    break
-                time.sleep(0.05)
-            yield process, f"http://127.0.0.1:{port}"
-        finally:
-            process.kill()
 
 
 def wait_until_busy(url: str, num_requests: int) -> None:
@@ -56,7 +36,7 @@ def wait_until_busy(url: str, num_requests: int) -> None:
 
 def test_a_run_is_printed_written_and_replayed(tmp_path: Path):
     files = {name: tmp_path / name for name in ("run.json", "run.html", "plan.jsonl")}
-    with mock("--ttft", 10, "--itl", 1) as (_, url):
+    with mock_server("--ttft-ms", 10, "--itl-ms", 1) as (_, url):
         load = ("--num-sessions", 30, "--rate", 50, "--output-tokens", 5, "--slo", "ttft:5000")
         to = ("--json", files["run.json"], "--html", files["run.html"])
         out, _ = loadgen("run", url, *load, *to, "--record", files["plan.jsonl"])
@@ -74,7 +54,7 @@ def test_a_run_is_printed_written_and_replayed(tmp_path: Path):
 
 def test_ctrl_c_still_writes_the_report(tmp_path: Path):
     file = tmp_path / "run.json"
-    with mock("--ttft", 10) as (_, url):
+    with mock_server("--ttft-ms", 10) as (_, url):
         load = ("--num-sessions", "1000", "--rate", "20", "--output-tokens", "2")
         words = ("run", url, *load, "--json", str(file))
         with subprocess.Popen([*LOADGEN, *words], stdout=subprocess.PIPE, text=True) as process:
@@ -90,7 +70,7 @@ def test_ctrl_c_still_writes_the_report(tmp_path: Path):
 
 def test_a_server_that_dies_is_told_and_what_came_before_is_kept(tmp_path: Path):
     file = tmp_path / "run.json"
-    with mock("--ttft", 5, "--itl", 1) as (server, url):
+    with mock_server("--ttft-ms", 5, "--itl-ms", 1) as (server, url):
         load = ("--num-sessions", "80", "--rate", "20", "--output-tokens", "2")
         words = ("run", url, *load, "--json", str(file))
         with subprocess.Popen([*LOADGEN, *words], stdout=subprocess.PIPE, text=True) as process:
@@ -137,17 +117,25 @@ def test_a_mistake_is_a_line_of_cause_and_one_of_remedy(words, cause, servers):
 
 @pytest.fixture(scope="module")
 def servers():
-    with mock("--ttft", 1) as (_, url), mock("--error-rate", 1, "--error-status", 503) as (_, bad):
+    with (
+        mock_server("--ttft-ms", 1) as (_, url),
+        mock_server("--error-rate", 1, "--error-status", 503) as (_, bad),
+    ):
         yield {"URL": url, "ERRORS": bad}
 
 
 def test_a_comparison_starts_and_stops_its_servers(tmp_path: Path):
-    serve = f"{sys.executable} -m loadgen mock --port {{port}} --itl 1 --ttft"
+    serve = f"{sys.executable} -m loadgen mock --port {{port}} --itl-ms 1 --ttft-ms"
     load = ("--pairs", 2, "--num-sessions", 10, "--rate", 100, "--output-tokens", 3)
     file = tmp_path / "run.json"
     out, _ = loadgen("compare", "20", "60", "--serve", serve, *load, "--json", file)
     row = next(line for line in out.splitlines() if line.startswith("ttft_p50 (primary)"))
     assert "6" in row, "too few pairs for a verdict, and how many are needed"
+    shown = json.loads(file.read_text())
+    primary = shown["comparisons"][0]
+    assert (primary["name"], primary["primary"], primary["num_pairs"]) == ("ttft_p50", True, 2)
+    assert 2 < primary["ratio"] < 4, "60 ms against 20"
+    assert shown["arms"] == {"A": "20", "B": "60"}
     runs = {path.stem: read_json(path) for path in tmp_path.glob("run-*.json")}
     assert {stem: (run.name, run.seed) for stem, run in runs.items()} == {
         "run-0A": ("A: 20", 0),

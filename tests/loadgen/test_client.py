@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 
+import aiohttp
+import numpy as np
 import pytest
 from aiohttp import web
 
@@ -41,7 +43,7 @@ async def sent(url, *, prompt="hello", max_tokens=4, **settings) -> Record:
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_an_answer_is_recorded_as_the_server_sent_it(endpoint):
-    server = MockServer(MockConfig(ttft_s=0.02, itl_s=0.01))
+    server = MockServer(MockConfig(ttft_ms=20, itl_ms=10))
 
     async def talk(url):
         assert await served_model(url, "") == "mock"
@@ -59,8 +61,25 @@ def test_an_answer_is_recorded_as_the_server_sent_it(endpoint):
     assert record.end_at_s >= record.received_at_s[-1]
 
 
+def test_the_mock_tells_its_latencies_to_clients_that_read_no_stamps():
+    server = MockServer(MockConfig(ttft_ms=20, itl_ms=5))
+
+    async def talk(url):
+        record = await sent(url, max_tokens=8)
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/stamps") as answer:
+            return record, await answer.json()
+
+    record, stamps = with_server(server.app, talk)
+    assert (stamps["ttft"]["num"], stamps["itl"]["num"]) == (1, 7)
+    assert stamps["ttft"]["p50_s"] >= 0.02
+    assert stamps["itl"]["p50_s"] == pytest.approx(
+        np.median(np.diff(record.stamped_at_s)), abs=2e-9
+    )
+    assert stamps["itl"]["p99_s"] is None, "seven samples"
+
+
 def test_many_requests_at_once_each_get_their_own_answer():
-    server = MockServer(MockConfig(ttft_s=0.01, itl_s=0.001))
+    server = MockServer(MockConfig(ttft_ms=10, itl_ms=1))
     plan = tuple(
         Session(start_at_s=0.0, turns=(Turn(prompt="x", max_tokens=1 + n % 7),)) for n in range(200)
     )
@@ -84,7 +103,7 @@ def test_many_requests_at_once_each_get_their_own_answer():
     [
         (MockConfig(error_rate=1.0, error_status=429), "http_429"),
         (MockConfig(disconnect_rate=1.0), "disconnected"),
-        (MockConfig(ttft_s=1.0), "timeout"),
+        (MockConfig(ttft_ms=1000), "timeout"),
     ],
 )
 def test_failures_have_a_class(config, error):

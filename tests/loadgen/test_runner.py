@@ -15,7 +15,7 @@ from tests.loadgen.virtual import run_virtually
 
 
 class FrozenTarget:
-    """A mock server without a network: a token after `ttft_s`, the others every `itl_s`."""
+    """A mock server without a network: each token when it is due."""
 
     def __init__(self, config: MockConfig, *, fails: tuple[int, ...] = ()) -> None:
         self.config = config
@@ -33,7 +33,7 @@ class FrozenTarget:
             record.error = "http_500"
         else:
             for index in range(outgoing.max_tokens):
-                await self.clock.until(start_s + self.config.ttft_s + index * self.config.itl_s)
+                await self.clock.until(start_s + self.config.due_s(index))
                 record.received_at_s.append(loop.time() - zero_s)
             record.text = f"answer {len(self.sent)}"
             record.num_output_tokens = outgoing.max_tokens
@@ -64,7 +64,7 @@ def test_a_frozen_server_shows_in_the_open_loop_as_theory_says():
     """
     ttft_s, at_s, freeze_s = 0.05, 6.995, 2.0
     times = np.arange(0, 20, 0.01)
-    config = MockConfig(ttft_s=ttft_s, freeze_at_s=at_s, freeze_s=freeze_s)
+    config = MockConfig(ttft_ms=1000 * ttft_s, freeze_at_s=at_s, freeze_s=freeze_s)
     progress = played(singles(times), FrozenTarget(config))
     measured = np.array([record.ttft_s for record in progress.records])
 
@@ -80,7 +80,7 @@ def test_a_frozen_server_shows_in_the_open_loop_as_theory_says():
 
 
 def test_the_closed_loop_holds_its_concurrency_and_hides_the_freeze():
-    config = MockConfig(ttft_s=0.05, freeze_at_s=7.0, freeze_s=2.0)
+    config = MockConfig(ttft_ms=50, freeze_at_s=7.0, freeze_s=2.0)
     progress = played(singles([0.0] * 400), FrozenTarget(config), concurrency=2)
     slow = [record for record in progress.records if record.ttft_s > 1]
     assert len(slow) == 2
@@ -91,7 +91,7 @@ def test_the_closed_loop_holds_its_concurrency_and_hides_the_freeze():
 
 def test_a_turn_carries_the_real_answers_before_it_and_comes_after_a_thought():
     turns = tuple(Turn(prompt=f"question {n}", max_tokens=2, think_s=3.0) for n in range(3))
-    target = FrozenTarget(MockConfig(ttft_s=1.0, itl_s=0.5))
+    target = FrozenTarget(MockConfig(ttft_ms=1000, itl_ms=500))
     progress = played((Session(start_at_s=2.0, turns=turns),), target)
     assert target.sent[0] == (Message("user", "question 0"),)
     assert target.sent[2] == (
@@ -114,7 +114,7 @@ def test_a_failed_turn_ends_its_conversation_and_no_other():
 
 
 def test_an_interrupted_run_keeps_what_came_until_then():
-    target = FrozenTarget(MockConfig(ttft_s=0.5))
+    target = FrozenTarget(MockConfig(ttft_ms=500))
     progress = played(singles(np.arange(0, 10, 1.0)), target, stop_at_s=3.2)
     assert progress.interrupted
     assert progress.num_begun == 4
