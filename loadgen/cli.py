@@ -23,6 +23,7 @@ from loadgen.once import Asked, TargetFlags, run_once, why_nothing_came
 from loadgen.report.files import facts, write_comparison, write_json
 from loadgen.report.html import write_html
 from loadgen.report.terminal import print_report
+from loadgen.timing import precise_loop
 from loadgen.types import LoadError, Plan, Run
 from loadgen.workload.build import WorkloadSpec, build
 from loadgen.workload.plan_file import write_plan
@@ -266,7 +267,8 @@ def _extra(target: TargetFlags) -> dict[str, Any]:
 def _checked(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
     """Run to the end and leave with its status; a mistake is one line of cause, one of remedy."""
     try:
-        status = asyncio.run(main())
+        with asyncio.Runner(loop_factory=precise_loop) as runner:
+            status = runner.run(main())
     except LoadError as error:
         _exit(error)
     except KeyboardInterrupt:

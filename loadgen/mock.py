@@ -5,7 +5,7 @@ known. While it is frozen its time stands still, but for the stamps: nothing is 
 and all that was due is due that much later, as with a process that is stopped for a while.
 
     POST /v1/completions, /v1/chat/completions (stream or not), GET /v1/models, /health
-    GET /stamps: TTFT and ITL by its own stamps, for clients that do not read them
+    GET /stamps: TTFT, ITL and TPOT by its own stamps, for clients that do not read them
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from loadgen.distribution import distribution
+from loadgen.timing import precise_loop
 
 MODEL = "mock"
 _WORD = " word"
@@ -112,6 +114,7 @@ class MockServer:
         self.num_requests = 0
         self.ttfts_s = deque[float](maxlen=_MOST_STAMPS)  # of streamed answers
         self.itls_s = deque[float](maxlen=_MOST_STAMPS)
+        self.tpots_s = deque[float](maxlen=_MOST_STAMPS)
         self._rng = random.Random(config.seed)  # noqa: S311 (which requests fail)
         self.app = web.Application(client_max_size=64 << 20)
         self.app.router.add_get("/health", self._health)
@@ -124,7 +127,8 @@ class MockServer:
         return web.json_response({"num_requests": self.num_requests})
 
     async def _stamps(self, _: web.Request) -> web.Response:
-        return web.json_response({"ttft": _said(self.ttfts_s), "itl": _said(self.itls_s)})
+        kinds = {"ttft": self.ttfts_s, "itl": self.itls_s, "tpot": self.tpots_s}
+        return web.json_response({name: _said(values_s) for name, values_s in kinds.items()})
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
@@ -153,24 +157,33 @@ class MockServer:
         if not body.get("stream"):
             await self.clock.until(start_s + config.due_s(num_tokens - 1))
             return web.json_response(_whole(num_tokens, usage, is_chat=is_chat))
-        head, tail = _chunk(is_chat=is_chat)
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        sent_ns = [came_ns]
         with suppress(ConnectionResetError):  # the client left
             await response.prepare(request)
-            before_ns, gaps_s = came_ns, self.ttfts_s
+            head, tail = _chunk(is_chat=is_chat)
             for index in range(num_tokens):
                 if is_cut and index == num_tokens // 2:
                     assert request.transport is not None
                     request.transport.abort()
-                    return response
+                    break
                 await self.clock.until(start_s + config.due_s(index))
-                sent_ns = time.monotonic_ns()
-                gaps_s.append((sent_ns - before_ns) * 1e-9)
-                before_ns, gaps_s = sent_ns, self.itls_s
-                await response.write(head % sent_ns + tail)
-            await response.write(_end(body, usage, is_chat=is_chat))
-            await response.write_eof()
+                sent_ns.append(time.monotonic_ns())
+                await response.write(head % sent_ns[-1] + tail)
+            else:
+                await response.write(_end(body, usage, is_chat=is_chat))
+                await response.write_eof()
+        if len(sent_ns) > 1:
+            self._note(sent_ns)
         return response
+
+    def _note(self, stamps_ns: list[int]) -> None:
+        """Keep what the stamps of an answer say; the first is of its request."""
+        ttft_s, *itls_s = ((after - before) * 1e-9 for before, after in pairwise(stamps_ns))
+        self.ttfts_s.append(ttft_s)
+        self.itls_s.extend(itls_s)
+        if itls_s:
+            self.tpots_s.append(sum(itls_s) / len(itls_s))
 
 
 def serve(config: MockConfig, port: int) -> None:
@@ -182,7 +195,7 @@ def serve(config: MockConfig, port: int) -> None:
         flush=True,
     )
     app = MockServer(config).app
-    web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
+    web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None, loop=precise_loop())
 
 
 def _said(values_s: Iterable[float]) -> dict[str, float | None]:

@@ -24,6 +24,7 @@ import numpy as np
 
 from loadgen.runner import Progress, play
 from loadgen.target import OpenAITarget
+from loadgen.timing import precise_loop
 from loadgen.types import Session, Turn
 from tests.loadgen.mocks import mock_server
 
@@ -73,7 +74,8 @@ READERS = {"loadgen": by_loadgen, "bare": by_bare_reader}
 def child(name: str, url: str, streams: int, tokens: int) -> None:
     """Print what one reader saw: events, its CPU seconds, and percentiles of the lateness."""
     start_cpu_s, start_s = time.process_time(), time.monotonic()
-    late_s = asyncio.run(READERS[name](url, streams, tokens))
+    with asyncio.Runner(loop_factory=precise_loop) as runner:
+        late_s = runner.run(READERS[name](url, streams, tokens))
     used_s, took_s = time.process_time() - start_cpu_s, time.monotonic() - start_s
     p50, p99, p999 = (float(cut) for cut in np.percentile(late_s, [50, 99, 99.9]))
     seen = {"events": len(late_s), "cpu_s": used_s, "s": took_s}
