@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from engine.models.slices import DenseSlices
 
 _FAKE_MAX_MODEL_LEN = 8192
-_FAKE_NUM_BLOCKS = 16_384
+_FAKE_BLOCK_BYTES = 8 * BLOCK_SIZE
+_FAKE_KV_BYTES = 16_384 * _FAKE_BLOCK_BYTES
 _REVISION_SAMPLE_BYTES = 1 << 20
 # Round numbers of no particular machine, between a small model on a CPU and a large one on a GPU;
 # `python -m tests.bench.step_cost` fits those of the machine that it runs on.
@@ -153,10 +154,14 @@ def _model_revision(config: EngineConfig, ready: Ready) -> str:
 
 
 def _build_fake(config: EngineConfig) -> tuple[Executor, Ready]:
-    max_model_len = config.max_model_len or _FAKE_MAX_MODEL_LEN
+    num_bytes = config.kv_memory_bytes or _FAKE_KV_BYTES
     geometry = KVGeometry(
-        block_size=BLOCK_SIZE, num_blocks=_FAKE_NUM_BLOCKS, block_bytes=8 * BLOCK_SIZE
+        block_size=BLOCK_SIZE,
+        num_blocks=num_bytes // _FAKE_BLOCK_BYTES,
+        block_bytes=_FAKE_BLOCK_BYTES,
     )
+    _check_geometry(geometry, num_bytes)
+    max_model_len = min(config.max_model_len or _FAKE_MAX_MODEL_LEN, geometry.num_tokens)
     executor = ChecksumExecutor(
         geometry,
         max_num_rows=config.max_num_running,
@@ -206,11 +211,7 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
         else:
             num_bytes = machine.default_kv_bytes()
         geometry = kv_geometry(shape, BLOCK_SIZE, num_bytes)
-        if geometry.num_blocks < 1:
-            raise CannotStart(
-                f"KV memory of {num_bytes} bytes holds no block of {geometry.block_bytes} bytes",
-                "give it more with --kv-memory",
-            )
+        _check_geometry(geometry, num_bytes)
         cache = KVCache(shape, geometry)
     # A window that the KV memory cannot hold would only promise what is then refused.
     max_model_len = min(
@@ -259,6 +260,14 @@ def _check_memory(config: EngineConfig) -> None:
             f"the weights take {needed / machine.GIB:.1f} GiB, and this process may use "
             f"{limit / machine.GIB:.1f} GiB",
             "use a smaller model, or a machine with more memory",
+        )
+
+
+def _check_geometry(geometry: KVGeometry, num_bytes: int) -> None:
+    if geometry.num_blocks < 1:
+        raise CannotStart(
+            f"KV memory of {num_bytes} bytes holds no block of {geometry.block_bytes} bytes",
+            "give it more with --kv-memory",
         )
 
 

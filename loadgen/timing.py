@@ -14,12 +14,14 @@ import selectors
 
 def precise_loop() -> asyncio.AbstractEventLoop:
     """Make one, for `asyncio.Runner(loop_factory=precise_loop)`."""
-    if selectors.DefaultSelector is selectors.EpollSelector:
-        return asyncio.SelectorEventLoop(_PreciseSelector())
-    return asyncio.new_event_loop()  # kqueue counts in nanoseconds
+    selector = _PreciseSelector()
+    if hasattr(selector, "fileno"):
+        return asyncio.SelectorEventLoop(selector)
+    selector.close()
+    return asyncio.new_event_loop()
 
 
-class _PreciseSelector(selectors.EpollSelector):
+class _PreciseSelector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is not None and timeout > 0:
             select.select([self], (), (), timeout)

@@ -30,6 +30,7 @@ def render(run: Run, summary: Summary) -> RenderableType:
     """Return a run as something that rich can print."""
     parts = [
         _title(run, summary),
+        *(Text(words.plain(line, 2 * MAX_WIDTH), "dim") for line in words.workload_lines(run)),
         *_warnings(summary),
         _latencies(summary),
         _throughput(run, summary),

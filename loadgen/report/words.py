@@ -11,9 +11,11 @@ from dataclasses import asdict
 from loadgen.distribution import PERCENTILES, Distribution, samples_needed
 from loadgen.fairness import Fairness
 from loadgen.metrics import Summary
+from loadgen.types import Run
 
 REFUSED = "–"  # noqa: RUF001 (a dash that is as wide as a digit)
 LATENCY_COLUMNS = ("", "mean", "sd", *PERCENTILES, "max", "samples")
+WORKLOAD_FACTS = ("left out", "shortened", "reuse", "reuse, LRU")
 
 
 def plain(text: str, limit: int = 60) -> str:
@@ -82,6 +84,11 @@ def answered(summary: Summary) -> str:
     failed = done.num_requests - done.num_ok
     of = f"{done.num_ok:,} of {plural(done.num_requests, 'request')} answered"
     return f"{of} in {duration(done.duration_s)}" + (f", {failed:,} failed" if failed else "")
+
+
+def workload_lines(run: Run) -> list[str]:
+    """Say what was done to a trace, and what can be expected of it."""
+    return [f"{name}: {run.facts[name]}" for name in WORKLOAD_FACTS if name in run.facts]
 
 
 def throughput_rows(summary: Summary) -> list[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from loadgen.workload.corpus import load_text
 from loadgen.workload.lengths import parse_lengths
 from loadgen.workload.plan_file import is_plan, read_plan
 from loadgen.workload.prefixes import SharedPrefixes, block_prompt
-from loadgen.workload.reuse import unbounded_reuse
+from loadgen.workload.reuse import lru_reuse, num_distinct_tokens, unbounded_reuse
 from loadgen.workload.sessions import (
     Shape,
     Stream,
@@ -89,6 +89,8 @@ class WorkloadSpec:
         0.02 sends fifty times as slowly as the trace.
     trace_divisor
         Divide all lengths by this.
+    cache_tokens
+        Also tell what an LRU cache of so many tokens would hit of a trace with named blocks.
     """
 
     seed: int = 0
@@ -114,6 +116,7 @@ class WorkloadSpec:
     trace_start_s: float = 0.0
     trace_speed: float = 1.0
     trace_divisor: int = 1
+    cache_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +142,7 @@ def build(spec: WorkloadSpec) -> Workload:
     else:
         trace = cut_trace(read_trace(spec.trace), _slice(spec))
         sessions, num_shortened = _replay(spec, trace, tenants, prompts), trace.num_shortened
-        facts |= _trace_facts(trace)
+        facts |= _trace_facts(trace, spec.cache_tokens)
     for flood in floods:
         more, more_shortened = _draw(
             spec, flood.name, flood_times(flood), [_flooding(flood, tenants)], prompts
@@ -159,6 +162,8 @@ def _check(spec: WorkloadSpec) -> None:
         raise LoadError("the run would hold no request", "ask for at least one session")
     if spec.prefix_tokens < 0 or spec.num_prefixes < 1:
         raise LoadError("there is no such prefix", "give at least one prefix, of 0 tokens or more")
+    if spec.cache_tokens is not None and spec.cache_tokens < 1:
+        raise LoadError(f"a cache of {spec.cache_tokens} tokens holds none", "give at least 1")
     least = spec.prefix_tokens + 2
     if spec.max_context is not None and spec.max_context < least:
         raise LoadError(
@@ -273,14 +278,25 @@ def _replay(
     )
 
 
-def _trace_facts(trace: Trace) -> dict[str, str]:
+def _trace_facts(trace: Trace, cache_tokens: int | None) -> dict[str, str]:
     facts = {"trace": f"{trace.path}, {len(trace.requests)} requests"}
     if trace.num_failed:
         facts["left out"] = f"{trace.num_failed} requests of the trace that had failed"
     if has_blocks(trace):
-        reuse = unbounded_reuse(trace.requests, trace.block_tokens)
+        whole = unbounded_reuse(trace.requests, trace.block_tokens)
         facts["reuse"] = (
-            f"{reuse.block_ratio:.4f} of {reuse.num_blocks} blocks of {trace.block_tokens} tokens, "
-            f"{reuse.token_ratio:.4f} of {reuse.num_tokens} tokens"
+            f"{whole.token_ratio:.2%} of {whole.num_tokens:,} prompt tokens "
+            f"({whole.block_ratio:.2%} of {whole.num_blocks:,} blocks) in a cache that forgets "
+            f"nothing, of {num_distinct_tokens(trace):,} tokens"
+        )
+        if cache_tokens is not None:
+            part = lru_reuse(trace.requests, trace.block_tokens, cache_tokens // trace.block_tokens)
+            facts["reuse, LRU"] = (
+                f"{part.token_ratio:.2%} of the prompt tokens in a cache of {cache_tokens:,} tokens"
+            )
+    elif cache_tokens is not None:
+        raise LoadError(
+            f"{trace.path} does not say which prompts are alike",
+            "leave --cache-tokens out, or replay a trace with named blocks",
         )
     return facts

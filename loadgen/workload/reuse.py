@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loadgen.workload.traces import TraceRequest
+from loadgen.workload.traces import Trace, TraceRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,11 @@ class Reuse:
     def token_ratio(self) -> float:
         """Share of the prompt tokens that hit: what servers report."""
         return self.num_hit_tokens / self.num_tokens
+
+
+def num_distinct_tokens(trace: Trace) -> int:
+    """Return the tokens of all blocks that differ, each counted as full."""
+    return trace.block_tokens * len({it for request in trace.requests for it in request.block_ids})
 
 
 def unbounded_reuse(requests: Sequence[TraceRequest], block_tokens: int) -> Reuse:

@@ -193,3 +193,39 @@ def test_a_conversation_is_sent_as_messages_or_as_a_text_that_goes_on():
     assert text["user"] == "gold"
     ids = OpenAITarget(url="", model="m")._body(Outgoing(prompt=(1, 2), max_tokens=1))
     assert ids["prompt"] == [1, 2]
+
+
+def test_every_prompt_of_a_conversation_holds_the_answers_before_it():
+    """100 conversations of up to five turns at once, against a server that answers uniquely."""
+    sent: dict[str, list[str]] = {}  # by first message: all that was said, as sent last
+
+    async def answer(request):
+        said = [message["content"] for message in (await request.json())["messages"]]
+        before = sent.get(said[0], [])
+        assert said[: len(before)] == before
+        assert len(said) == len(before) + 1
+        spoken = f"answer to {'/'.join(said)}"[-200:]
+        sent[said[0]] = [*said, spoken]
+        chunk = {"choices": [{"delta": {"content": spoken}, "finish_reason": "stop"}]}
+        body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode()
+        return web.Response(body=body, content_type="text/event-stream")
+
+    plan = tuple(
+        Session(
+            start_at_s=0.0,
+            turns=tuple(Turn(prompt=f"{number}, turn {turn}") for turn in range(2 + number % 4)),
+        )
+        for number in range(100)
+    )
+
+    async def talk(url):
+        progress = Progress(len(plan))
+        async with OpenAITarget(url=url, model="m", endpoint="chat") as target:
+            await play(plan, target, asyncio.Event(), progress, None)
+        return progress
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    progress = with_server(app, talk)
+    assert [record.error for record in progress.records] == [""] * 350
+    assert sorted(len(said) // 2 for said in sent.values()) == sorted(len(it.turns) for it in plan)

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import select
-import selectors
-
-import pytest
 
 from loadgen.timing import precise_loop
 
 
-@pytest.mark.skipif(
-    selectors.DefaultSelector is not selectors.EpollSelector, reason="for Linux's epoll"
-)
 def test_the_wait_for_a_timer_is_not_rounded(monkeypatch):
     waits = []
     real = select.select

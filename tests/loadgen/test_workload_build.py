@@ -192,7 +192,8 @@ def test_blocks_become_prose_that_is_shared_so_far_and_no_further(spec, mooncake
 
 def test_a_prefix_cache_of_the_prompts_hits_what_the_trace_says(spec, mooncake):
     """A cache of 16-token blocks over the real prompts, against the reuse of the ids alone."""
-    work = build(replace(spec, trace=mooncake, trace_divisor=8, num_sessions=None))
+    spec = replace(spec, trace=mooncake, trace_divisor=8, num_sessions=None)
+    work = build(spec)
     seen: set[str] = set()
     num_hit_tokens = num_tokens = 0
     for turn in first_turns(work.plan):
@@ -203,8 +204,11 @@ def test_a_prefix_cache_of_the_prompts_hits_what_the_trace_says(spec, mooncake):
     trace = cut_trace(read_trace(mooncake), Slice(divisor=8))
     reuse = unbounded_reuse(trace.requests, trace.block_tokens)
     assert reuse.token_ratio == pytest.approx(num_hit_tokens / num_tokens, abs=0.005)
-    assert work.facts["reuse"].startswith(f"{reuse.block_ratio:.4f} of {reuse.num_blocks} blocks")
-    assert lru_reuse(trace.requests, 64, 12).token_ratio < reuse.token_ratio
+    assert work.facts["reuse"].startswith(f"{reuse.token_ratio:.2%} of {reuse.num_tokens:,} ")
+    part = lru_reuse(trace.requests, trace.block_tokens, 12)
+    assert part.token_ratio < reuse.token_ratio
+    spec = replace(spec, cache_tokens=12 * trace.block_tokens + 1)
+    assert build(spec).facts["reuse, LRU"].startswith(f"{part.token_ratio:.2%} of ")
 
 
 def test_a_slice_of_a_trace_has_the_prompts_of_the_whole(spec, mooncake):
@@ -243,6 +247,7 @@ def test_token_ids_without_a_tokenizer(spec):
         ({"prefix_tokens": 50, "max_context": 51}, "no room"),
         ({"token_ids": True, "tokenizer": None}, "need a vocabulary"),
         ({"tokenizer": "/nowhere"}, "no tokenizer at /nowhere"),
+        ({"cache_tokens": 0}, "a cache of 0 tokens"),
     ],
 )
 def test_mistakes_are_named(spec, changes, cause):
