@@ -53,14 +53,17 @@ def colour(place: int) -> str:
     return f"#0a000{place % NUM_COLOURS}"
 
 
-def cdf_chart(lines: Sequence[Line], title: str) -> str:
-    """Draw distribution functions: lines of (s, share), a run each."""
+def cdf_chart(lines: Sequence[Line], title: str, limit_s: float | None = None) -> str:
+    """Draw distribution functions: lines of (s, share), a run each; dashed, what was asked for."""
     positive = [(1000 * x[x > 0], 100 * y[x > 0]) for x, y in lines]
 
     def draw(axes: Axes) -> None:
         for place, (x_ms, percent) in enumerate(positive):
             axes.plot(x_ms, percent, color=colour(place), drawstyle="steps-post")
         drawn = [x_ms for x_ms, _ in positive if len(x_ms)]
+        if limit_s is not None:
+            axes.axvline(1000 * limit_s, color=_INK, linewidth=1, linestyle="--")
+            drawn.append(np.array([1000 * limit_s]))
         _latency_axis(axes, np.concatenate(drawn) if drawn else np.array([]))
         axes.set_ylim(0, 101)
         axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])

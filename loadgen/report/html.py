@@ -6,6 +6,7 @@ Every text that is not this file's own is escaped. The same runs give the same b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -121,13 +122,26 @@ def _distributions(results: Sequence[Result]) -> str:
         "ITL": ("each gap between events with text", _gaps_s),
         "E2E": ("time to the end of the answer", _e2es_s),
     }
+    limits_s = _limits_s(results)
     figures = []
     for name, (meaning, values_s) in measures.items():
         lines = [series.cdf(values_s(run)) for run, _ in results]
-        drawing = charts.cdf_chart(lines, f"Distribution of {name}: share of samples up to each ms")
+        title = f"Distribution of {name}: share of samples up to each ms"
+        limit_s = limits_s.get(name)
+        if limit_s is not None:
+            meaning += f"; dashed: the SLO, {words.bound(limit_s)}"
+        drawing = charts.cdf_chart(lines, title, limit_s)
         figures.append(figure(name, meaning, drawing))
     keys = legend(_name(run) for run, _ in results)
     return f'<h2>Distributions</h2>{keys}<div class="charts">{"".join(figures)}</div>'
+
+
+def _limits_s(results: Sequence[Result]) -> dict[str, float | None]:
+    """Return the SLO of each measure; all runs of a page have the same."""
+    goodput = results[0][1].goodput
+    if goodput is None:
+        return {}
+    return {field.removesuffix("_s").upper(): it for field, it in asdict(goodput.slo).items()}
 
 
 def _ttfts_s(run: Run) -> Iterable[float]:

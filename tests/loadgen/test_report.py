@@ -265,6 +265,7 @@ def test_the_page_shows_names_as_text_and_each_chart_has_one(two):
     assert "<script>alert(1)" in said
     assert "\x1b" not in text
     assert text.count("<svg") == text.count('<svg role="img" aria-label="') == 4 + 4 + 2
+    assert said.count("dashed: the SLO, 200 ms") == 1, "of TTFT; nothing was asked of the others"
     for word in ("left", "right", "p99.9", "Interrupted", "http_500", "Jain", "6 others together"):
         assert word in said
 
