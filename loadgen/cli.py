@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,18 +14,29 @@ from typing import Annotated, Any, NoReturn
 
 from cyclopts import App, Group, Parameter
 
-from loadgen.compare.arms import Arm, Result, arm, compared, run_pairs
-from loadgen.compare.report import comparison_table
+from loadgen.compare.arms import (
+    Arm,
+    Result,
+    arm,
+    check_primary,
+    compared,
+    healths,
+    run_pairs,
+    whole_pairs,
+)
+from loadgen.compare.report import HEADER, comparison_notes, comparison_rows, comparison_table
 from loadgen.compare.statistics import ScheduledRun, schedule
 from loadgen.metrics import Slo, summarize
 from loadgen.mock import MockConfig, serve
-from loadgen.once import Asked, TargetFlags, run_once, why_nothing_came
+from loadgen.once import Asked, TargetFlags, run_once, why_it_ended, why_nothing_came
 from loadgen.report.files import facts, write_comparison, write_json
 from loadgen.report.html import write_html
+from loadgen.report.outputs import check_outputs, to_stdout, write_all
 from loadgen.report.terminal import print_report
+from loadgen.signals import stopped_by_signals
 from loadgen.timing import precise_loop
-from loadgen.types import LoadError, Plan, Run
-from loadgen.workload.build import WorkloadSpec, build
+from loadgen.types import LoadError, Run
+from loadgen.workload.build import Workload, WorkloadSpec, build
 from loadgen.workload.plan_file import write_plan
 
 INTERRUPTED = 130
@@ -95,6 +106,8 @@ async def _run(
     measure: MeasureFlags,
     record: Path | None,
 ) -> int:
+    check_outputs(measure.json, measure.html, record)
+    slo = Slo.parse(measure.slo) if measure.slo else None
     built = build(_bounded(workload, measure))
     if record is not None:
         write_plan(record, built.plan)
@@ -108,15 +121,15 @@ async def _run(
         extra=_extra(target),
         facts=facts() | built.facts,
     )
-    slo = Slo.parse(measure.slo) if measure.slo else None
-    result = await run_once(asked)
-    summary = summarize(result, slo)
-    print_report(result, summary)
-    if measure.json is not None:
-        write_json(measure.json, result, summary)
-    if measure.html is not None:
-        write_html(measure.html, [(result, summary)])
-    problem = why_nothing_came(result)
+    with stopped_by_signals() as stop:
+        result = await run_once(asked, stop)
+        summary = summarize(result, slo, weights=built.weights)
+        write_all(
+            lambda: _given(measure.json, lambda path: write_json(path, result, summary)),
+            lambda: _given(measure.html, lambda path: write_html(path, [(result, summary)])),
+            to_stdout(lambda: print_report(result, summary)),
+        )
+        problem = why_nothing_came(result) or await why_it_ended(result)
     if problem is not None:
         raise problem
     return INTERRUPTED if result.interrupted else 0
@@ -142,12 +155,13 @@ class CompareFlags:
 
 
 _COMPARE = CompareFlags()
+ArmOf = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
 
 @app.command
 def compare(
-    a: str,
-    b: str,
+    a: ArmOf,
+    b: ArmOf,
     /,
     *,
     turns: Annotated[CompareFlags, Parameter(name="*", group=_COMPARE_GROUP)] = _COMPARE,
@@ -175,46 +189,85 @@ async def _compare(
     target: TargetFlags,
     measure: MeasureFlags,
 ) -> int:
-    order = schedule(turns.pairs, range(workload.seed, workload.seed + turns.pairs))
     slo = Slo.parse(measure.slo) if measure.slo else None
-    bounded = _bounded(workload, measure)
+    check_primary(turns.primary, has_slo=slo is not None)
+    check_outputs(measure.json, measure.html)
+    order = schedule(turns.pairs, range(workload.seed, workload.seed + turns.pairs))
+    bounded, extra, about = _bounded(workload, measure), _extra(target), facts()
 
     @cache
-    def plan_of(seed: int) -> Plan:
-        return build(replace(bounded, seed=seed)).plan
+    def workload_of(seed: int) -> Workload:
+        return build(replace(bounded, seed=seed))
+
+    def asked_of(scheduled: ScheduledRun) -> Asked:
+        built = workload_of(scheduled.seed)
+        return Asked(
+            name="",
+            url="",
+            plan=built.plan,
+            seed=scheduled.seed,
+            concurrency=measure.concurrency,
+            flags=target,
+            extra=extra,
+            facts=about | built.facts,
+        )
 
     results: list[Result] = []
 
     def take(scheduled: ScheduledRun, result: Run) -> None:
         problem = why_nothing_came(result)
-        if problem is not None and not result.interrupted:
+        if problem is not None:
             raise problem
-        results.append((scheduled, result, summarize(result, slo)))
+        weights = workload_of(scheduled.seed).weights
+        results.append((scheduled, result, summarize(result, slo, weights=weights)))
 
-    asked = Asked(
-        name="",
-        url="",
-        plan=(),
-        seed=0,
-        concurrency=measure.concurrency,
-        flags=target,
-        extra=_extra(target),
-        facts=facts(),
-    )
-    await run_pairs(arms, order, plan_of, asked, take)
-    comparisons = compared(results, turns.primary)
-    table = comparison_table(comparisons)
-    print(table)  # noqa: T201 (the command's result)
-    if measure.json is not None:
+    problem = None
+    with stopped_by_signals() as stop:
+        try:
+            await run_pairs(arms, order, asked_of, take, stop)
+        except LoadError as error:  # told below what the pairs before it showed
+            problem = error
+        if whole_pairs(results):
+            _show_comparison(arms, whole_pairs(results), turns.primary, measure, about)
+    if problem is None and not whole_pairs(results):
+        problem = LoadError("no pair of runs is complete", "let it run for longer")
+    if problem is not None:
+        raise problem
+    return INTERRUPTED if stop.is_set() else 0
+
+
+def _show_comparison(
+    arms: dict[str, Arm],
+    results: Sequence[Result],
+    primary: str,
+    measure: MeasureFlags,
+    about: dict[str, str],
+) -> None:
+    comparisons, health = compared(results, primary), healths(results)
+
+    def write_jsons(path: Path) -> None:
         names = {name: served.name for name, served in arms.items()}
-        write_comparison(measure.json, names, comparisons, asked.facts)
+        write_comparison(path, names, comparisons, health, about)
         for scheduled, result, summary in results:
-            name = f"{measure.json.stem}-{scheduled.pair}{scheduled.arm}{measure.json.suffix}"
-            write_json(measure.json.with_name(name), result, summary)
-    if measure.html is not None:
+            name = f"{path.stem}-{scheduled.pair}{scheduled.arm}{path.suffix}"
+            write_json(path.with_name(name), result, summary)
+
+    def write_page(path: Path) -> None:
         last = {scheduled.arm: (result, summary) for scheduled, result, summary in results}
-        write_html(measure.html, [last[name] for name in sorted(last)], table.splitlines())
-    return INTERRUPTED if len(results) < len(order) else 0
+        notes = [*comparison_notes(comparisons, health), "What follows is of the last pair."]
+        rows = [HEADER, *comparison_rows(comparisons)]
+        write_html(path, [last[name] for name in sorted(last)], rows, notes)
+
+    write_all(
+        lambda: _given(measure.json, write_jsons),
+        lambda: _given(measure.html, write_page),
+        to_stdout(lambda: print(comparison_table(comparisons, health))),  # noqa: T201
+    )
+
+
+def _given(path: Path | None, write: Callable[[Path], None]) -> None:
+    if path is not None:
+        write(path)
 
 
 _MOCK = MockConfig()

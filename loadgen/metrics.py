@@ -16,6 +16,8 @@ from loadgen.fairness import Fairness, fairness
 from loadgen.types import LoadError, Record, Run
 
 MAX_BEHIND = 0.01  # a run further behind than this share of its plan fell behind
+MIN_BEHIND_S = 0.001  # and by at least this
+MAX_LAG_SHARE = 0.1  # of the mean TTFT; or one whose own lag is more than this of what it measured
 STALL_S = 1.0  # a gap is a stall above this and above so many medians of ITL
 STALL_MEDIANS = 10
 
@@ -118,7 +120,7 @@ class Lag:
 
     seconds: Distribution
     behind: float
-    fell_behind: bool  # by more than `MAX_BEHIND`
+    fell_behind: bool  # by `MAX_BEHIND` or `MAX_LAG_SHARE`
     share_of_ttft: float | None  # mean lag, of the mean TTFT
 
 
@@ -240,4 +242,5 @@ def _lag(run: Run, mean_ttft_s: float | None) -> Lag | None:
     late_s = max(0.0, float(np.percentile(run.lags_s, 99)))
     behind = late_s / span_s if span_s > 0 else 0.0
     share = float(np.mean(run.lags_s)) / mean_ttft_s if mean_ttft_s else None
-    return Lag(seconds=seconds, behind=behind, fell_behind=behind > MAX_BEHIND, share_of_ttft=share)
+    fell_behind = late_s > MIN_BEHIND_S and (behind > MAX_BEHIND or (share or 0.0) > MAX_LAG_SHARE)
+    return Lag(seconds=seconds, behind=behind, fell_behind=fell_behind, share_of_ttft=share)

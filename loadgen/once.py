@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from loadgen.progress import hide, show
 from loadgen.runner import Progress, play
@@ -58,8 +56,11 @@ class Asked:
     facts: dict[str, str] = field(default_factory=dict)
 
 
-async def run_once(asked: Asked) -> Run:
-    """Run it, and show how far it is. Raises LoadError if the server cannot be reached."""
+async def run_once(asked: Asked, stop: asyncio.Event) -> Run:
+    """Run it, or until `stop` is set, and show how far it is.
+
+    Raises LoadError if the server cannot be reached.
+    """
     url, flags = _base(asked.url), asked.flags
     check(asked.plan, flags.endpoint)
     model = flags.model or await served_model(url, flags.api_key)
@@ -72,15 +73,14 @@ async def run_once(asked: Asked) -> Run:
         ignore_eos=flags.ignore_eos,
         extra=asked.extra,
     )
-    progress, stop = Progress(len(asked.plan)), asyncio.Event()
+    progress = Progress(len(asked.plan))
     start_unix_s = time.time()  # noqa: TID251 (when it was, for the reader)
-    with _stopped_by_signals(stop):
-        async with target:
-            showing = asyncio.create_task(show(progress, asked.name))
-            try:
-                await play(asked.plan, target, stop, progress, asked.concurrency)
-            finally:
-                await hide(showing)
+    async with target:
+        showing = asyncio.create_task(show(progress, asked.name))
+        try:
+            await play(asked.plan, target, stop, progress, asked.concurrency)
+        finally:
+            await hide(showing)
     is_open = asked.concurrency is None
     return Run(
         name=asked.name,
@@ -119,17 +119,25 @@ def why_nothing_came(run: Run) -> LoadError | None:
     )
 
 
-@contextmanager
-def _stopped_by_signals(stop: asyncio.Event) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the run, and not the report of it."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+async def why_it_ended(run: Run) -> LoadError | None:
+    """Return what to say of a server that went away in the middle, None if it is still there."""
+    last = max(run.records, key=lambda record: record.end_at_s)
+    if run.interrupted or last.error not in ("refused", "disconnected"):
+        return None
+    parts = urlsplit(run.url)
     try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        _, writer = await asyncio.open_connection(parts.hostname, port)
+    except OSError:
+        until_s = max(record.end_at_s for record in run.records if record.ok)
+        failed = sum(not record.ok for record in run.records)
+        return LoadError(
+            f"the server went away: its last answer came {until_s:.1f} s into the run, and "
+            f"{failed} of {len(run.records)} requests failed",
+            "see its log; what it answered before is in the report",
+        )
+    writer.close()
+    return None
 
 
 def _base(url: str) -> str:

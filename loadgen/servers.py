@@ -22,10 +22,11 @@ _SHOWN_LINES = 5
 
 
 @asynccontextmanager
-async def running(command: str) -> AsyncIterator[str]:
+async def running(command: str, stop: asyncio.Event) -> AsyncIterator[str]:
     """Start a server and yield its URL once it lists its models; stop it in the end.
 
-    `{port}` in the command is replaced by a free port. Raises LoadError if it does not get ready.
+    `{port}` in the command is replaced by a free port. Raises LoadError if it does not get ready,
+    which it does not once `stop` is set.
     """
     port = free_port()
     if "{port}" not in command:
@@ -45,7 +46,7 @@ async def running(command: str) -> AsyncIterator[str]:
                 f"{words[0]} cannot be started: {error.strerror}", "give a command that runs here"
             ) from error
         try:
-            if not await _gets_ready(process, url):
+            if not await _gets_ready(process, url, stop):
                 output.seek(0)
                 last = output.read().decode(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
                 raise LoadError(
@@ -57,11 +58,11 @@ async def running(command: str) -> AsyncIterator[str]:
             await _stop(process)
 
 
-async def _gets_ready(process: asyncio.subprocess.Process, url: str) -> bool:
+async def _gets_ready(process: asyncio.subprocess.Process, url: str, stop: asyncio.Event) -> bool:
     loop = asyncio.get_running_loop()
     end_s = loop.time() + READY_S
     async with open_session("", 5.0) as session:
-        while process.returncode is None and loop.time() < end_s:
+        while process.returncode is None and loop.time() < end_s and not stop.is_set():
             with suppress(aiohttp.ClientError, OSError, TimeoutError):
                 async with session.get(f"{url}/v1/models") as answer:
                     if answer.status == 200:

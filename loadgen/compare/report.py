@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+from loadgen.compare.arms import Health
 from loadgen.compare.statistics import Comparison
 
 HEADER = ("measure", "A", "B", "B / A", "interval", "verdict")
@@ -26,7 +28,9 @@ def comparison_rows(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
     ]
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> str:
+def comparison_table(
+    comparisons: Sequence[Comparison], healths: Mapping[str, Health] = MappingProxyType({})
+) -> str:
     """The rows in aligned columns below their header, and how to read them."""
     rows = [HEADER, *comparison_rows(comparisons)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -34,10 +38,11 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return "\n".join([*lines, "", *_notes(comparisons)])
+    return "\n".join([*lines, "", *comparison_notes(comparisons, healths)])
 
 
-def _notes(comparisons: Sequence[Comparison]) -> list[str]:
+def comparison_notes(comparisons: Sequence[Comparison], healths: Mapping[str, Health]) -> list[str]:
+    """How to read the rows, and what to know of the runs before believing them."""
     num_pairs = max((comparison.num_pairs for comparison in comparisons), default=0)
     notes = [f"A, B: medians of {num_pairs} runs. B / A: over {num_pairs} pairs of runs."]
     if any(not comparison.primary for comparison in comparisons):
@@ -45,6 +50,13 @@ def _notes(comparisons: Sequence[Comparison]) -> list[str]:
             "The primary measure, named before the runs, decides. "
             "The others' intervals are wider, so that they hold all together."
         )
+    for name, health in healths.items():
+        if health.num_failed:
+            of = f"{health.num_requests:,} requests failed"
+            notes.append(f"{name}: {health.num_failed:,} of {of}.")
+        if health.num_behind:
+            of = f"in {health.num_behind} of {health.num_runs} runs"
+            notes.append(f"{name}: the load generator fell behind its plan {of}; lower the rate.")
     return notes
 
 

@@ -42,6 +42,7 @@ class Measure:
     unit: str  # "s" for times
     a: Sequence[float | None]
     b: Sequence[float | None]
+    problem: str = ""  # why the arms cannot be compared by it, if that is known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +167,8 @@ def compare_pairs(measure: Measure, *, alpha: float = ALPHA, primary: bool = Tru
 
 
 def _why_not_comparable(measure: Measure) -> str:
+    if measure.problem:
+        return measure.problem
     if not measure.a:
         return "no pair of runs"
     for pair, values in enumerate(zip(measure.a, measure.b, strict=True), start=1):

@@ -19,6 +19,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+from loadgen.compare.arms import Health
 from loadgen.compare.statistics import Comparison
 from loadgen.metrics import Summary
 from loadgen.types import LoadError, Record, Run
@@ -61,13 +62,14 @@ def write_comparison(
     path: Path,
     arms: Mapping[str, str],
     comparisons: Sequence[Comparison],
+    healths: Mapping[str, Health],
     facts: Mapping[str, str],
 ) -> None:
     """Write what a comparison showed, whole or not at all. Raises LoadError."""
     document = {
         "format": COMPARISON_FORMAT,
         "version": VERSION,
-        "arms": dict(arms),
+        "arms": {name: {"name": arms[name], **asdict(health)} for name, health in healths.items()},
         "comparisons": [asdict(it) | {"verdict": it.verdict} for it in comparisons],
         "facts": dict(facts),
     }

@@ -28,18 +28,30 @@ _MAX_TENANTS = 20
 _MAX_LINES = charts.NUM_COLOURS - 1  # of tenants in a chart; the last colour is the others'
 
 
-def write_html(path: Path, results: Sequence[Result], notes: Sequence[str] = ()) -> None:
+def write_html(
+    path: Path,
+    results: Sequence[Result],
+    comparison: Sequence[Sequence[str]] = (),
+    notes: Sequence[str] = (),
+) -> None:
     """Write `page` to a file. Raises LoadError."""
-    write_text(path, page(results, notes))
+    write_text(path, page(results, comparison, notes))
 
 
-def page(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
-    """Return the page. Several runs are laid over each other; `notes` stand above, as they are."""
+def page(
+    results: Sequence[Result],
+    comparison: Sequence[Sequence[str]] = (),
+    notes: Sequence[str] = (),
+) -> str:
+    """Return the page. Several runs are laid over each other.
+
+    Above them stand the rows of a comparison, the first its header, and notes on it.
+    """
     title = " and ".join(dict.fromkeys(_name(run) for run, _ in results)) or "no run"
     measured = any(run.records for run, _ in results)
     parts = [
         f"<h1>{title}</h1>",
-        *(f"<p>{escape(note)}</p>" for note in notes),
+        _comparison(comparison, notes) if comparison else "",
         *(_head(run, summary, alone=len(results) == 1) for run, summary in results),
         *(_tiles(summary) for _, summary in results if len(results) == 1),
         _latencies(results),
@@ -57,6 +69,12 @@ def page(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
         f"<title>Load test of {title}</title>\n<style>{CSS}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _comparison(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    groups = [(name, [cells]) for name, *cells in map(escaped, rows[1:])]
+    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return "<h2>Comparison</h2>" + table(escaped(rows[0]), groups) + said
 
 
 def _name(run: Run) -> str:
@@ -231,4 +249,4 @@ def _facts(results: Sequence[Result]) -> str:
         said = [escape(words.plain(facts.get(fact, ""), 2000)) for facts in known]
         groups.append((escape(words.plain(fact)), [[f"<code>{value}</code>" for value in said]]))
     columns = ["", *(_name(run) for run, _ in results)]
-    return "<h2>Facts</h2>" + table(columns, groups, kind="words")
+    return "<h2>Facts</h2>" + table(columns, groups, kind="words facts")

@@ -59,6 +59,7 @@ th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, .words th, .words td { text-align: left; }
 .words td { white-space: normal; }
 .words th + td { white-space: nowrap; }
+.facts th + td { white-space: normal; }
 thead th { color: var(--muted); font-weight: 500; border-bottom: 1px solid var(--grid); }
 td:has(.key), th:has(.left) { text-align: left; }
 tbody th { font-weight: 600; vertical-align: top; }

@@ -149,10 +149,11 @@ def warnings(summary: Summary) -> list[str]:
     elif not summary.throughput.num_ok:
         said.append("No request succeeded.")
     if summary.lag is not None and summary.lag.fell_behind:
-        behind = percent(summary.lag.behind)
+        behind, share = summary.lag.behind, summary.lag.share_of_ttft or 0.0
+        amount = f"{percent(behind)} of its plan's length" if behind else "its whole plan"
         said.append(
-            f"The load generator fell behind by {behind} of its plan's length: the load was not "
-            "the one intended, and the latencies include its own lag. Lower the rate."
+            f"The load generator fell behind by {amount}: the load was not the one intended, and "
+            f"its own lag is {percent(share)} of the mean TTFT. Lower the rate."
         )
     return said
 

@@ -7,7 +7,7 @@ seed and its name. So two plans whose specs differ in one aspect are equal in al
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +123,7 @@ class WorkloadSpec:
 class Workload:
     plan: Plan
     facts: dict[str, str]  # what a reader of the results has to know about it
+    weights: dict[str, float] = field(default_factory=dict)  # of tenants: 1 unless it says so
 
 
 def build_plan(spec: WorkloadSpec) -> Plan:
@@ -152,7 +153,11 @@ def build(spec: WorkloadSpec) -> Workload:
     if spec.max_context is not None:
         num_turns = sum(len(session.turns) for session in sessions)
         facts["shortened"] = f"{num_shortened} of {num_turns}, to {spec.max_context} tokens"
-    return Workload(plan=tuple(sorted(sessions, key=lambda it: it.start_at_s)), facts=facts)
+    return Workload(
+        plan=tuple(sorted(sessions, key=lambda it: it.start_at_s)),
+        facts=facts,
+        weights={tenant.name: tenant.weight for tenant in tenants},
+    )
 
 
 def _check(spec: WorkloadSpec) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -151,6 +152,7 @@ class Outcome:
     ttft: float = 0.0
     itl: float = 0.0
     problem: str = ""
+    is_measured: bool = True
 
 
 class Bench:
@@ -182,7 +184,8 @@ class Bench:
                 seen = client.read(folder)
             except (OSError, LookupError, TypeError, ValueError) as error:
                 (*_, last) = (folder / "client.log").read_text().strip().splitlines() or [""]
-                return Outcome(cpu_s=cpu_s, problem=f"no result: {error!r:.60} {last:.90}")
+                why = f"no result: {error!r:.60} {last:.90}"
+                return Outcome(cpu_s=cpu_s, problem=why, is_measured=False)
         problem = "" if seen.num_ok == load.num else f"{load.num - seen.num_ok} requests lost"
         return Outcome(
             cpu_s=cpu_s,
@@ -209,14 +212,15 @@ def accuracy(bench: Bench, rounds: int) -> None:
     for number in range(rounds):
         for client in bench.clients[:: -1 if number % 2 else 1]:
             found[client.name].append(bench.run(client, load, ttft_ms=100, itl_ms=10))
-    print(f"{'client':>9} {'TTFT %: median (least to most)':>31} {'ITL %':>31}  problems")
+    print(f"{'client':>9} {'TTFT %: median (least to most)':>31} {'ITL %':>31}  measured")
     for name, outcomes in found.items():
         cells = ""
         for kind in ("ttft", "itl"):
-            errors = [100 * getattr(outcome, kind) for outcome in outcomes]
+            errors = [100 * getattr(it, kind) for it in outcomes if it.is_measured] or [math.nan]
             cells += f"{np.median(errors):>12.2f} ({min(errors):6.2f} to {max(errors):6.2f})"
         problems = ", ".join(outcome.problem for outcome in outcomes if outcome.problem)
-        print(f"{name:>9} {cells}  {problems or 'none'}", flush=True)
+        num = sum(outcome.is_measured for outcome in outcomes)
+        print(f"{name:>9} {cells}  {num} of {rounds}  {problems}", flush=True)
 
 
 def ladder(bench: Bench, most_events_per_s: float) -> None:
@@ -244,7 +248,11 @@ def ladder(bench: Bench, most_events_per_s: float) -> None:
 def _bears(bench: Bench, client: Client, load: Load) -> Outcome | None:
     """Run one rung; None if it broke the client."""
     seen = bench.run(client, load, ttft_ms=50, itl_ms=10)
-    is_broken = load.num - seen.num_ok > 1 or max(abs(seen.ttft), abs(seen.itl)) > BROKEN
+    is_broken = (
+        not seen.is_measured
+        or load.num - seen.num_ok > 1
+        or max(abs(seen.ttft), abs(seen.itl)) > BROKEN
+    )
     print(
         f"{client.name:>9} {load.rate * TOKENS:>7,.0f} events/s {100 * seen.ttft:>8.1f} "
         f"{100 * seen.itl:>7.1f}  {seen.cpu_s:>5.1f} CPU-s  {seen.problem}"

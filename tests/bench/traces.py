@@ -8,23 +8,33 @@ azure: from second 600 at a fiftieth of the trace's speed, lengths shortened to 
 mooncake: 600 requests, all lengths divided by 16; the server's hit rate with room for every block,
 and with room for a quarter, beside what the trace repeats and what an LRU cache would hit of it.
 Ends with 1 if the first is off by more than half a point.
-conversations: 100 of two to five turns. That each prompt holds all that was said before is
-computed from the bytes that the server counted (its tokens are bytes) and those that it answered.
+conversations: 100 of two to five turns, through a proxy that keeps what passes: every prompt of a
+later turn must begin with the prompt before it and the text that the server answered to it.
+Each ends with 1 if a request failed or was not sent.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import json
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
-from itertools import pairwise
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+
+import aiohttp
+from aiohttp import web
 
 from loadgen.metrics import summarize
 from loadgen.report.files import read_json
-from loadgen.types import Record, Run
+from loadgen.servers import free_port
+from loadgen.types import Run
+from loadgen.workload.build import WorkloadSpec, build_plan
 from loadgen.workload.reuse import lru_reuse, num_distinct_tokens, unbounded_reuse
 from loadgen.workload.traces import Slice, cut_trace, read_trace
 from serving.progress import NoProgress
@@ -42,8 +52,12 @@ def load(url: str, *flags: object) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         words = [*LOADGEN, "run", url, *map(str, flags), "--json", str(file)]
-        subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
-        return read_json(file)
+        subprocess.run(words, check=True)
+        run = read_json(file)
+    failed = [record.error for record in run.records if not record.ok]
+    if failed or run.num_unsent:
+        sys.exit(f"{len(failed)} requests failed, {run.num_unsent} were not sent: {failed[:3]}")
+    return run
 
 
 def azure(trace: Path) -> None:
@@ -81,25 +95,91 @@ def mooncake(path: Path) -> bool:
 
 
 def conversations() -> bool:
-    flags: list[object] = ["--num-sessions", 100, "--rate", 6, "--turns", "uniform:2-5"]
-    flags += ["--think", 0.3, "--prompt-tokens", 48, "--output-tokens", 12, "--tokenizer", "bytes"]
-    with running_server("--fake") as server:
-        run = load(server.url, *flags)
-    by_session: dict[int, list[Record]] = defaultdict(list)
-    for record in run.records:
-        by_session[record.session].append(record)
-    right = sum(
-        all(_goes_on(before, after) for before, after in pairwise(records))
-        for records in by_session.values()
+    spec = WorkloadSpec(
+        num_sessions=100,
+        rate=6.0,
+        turns="uniform:2-5",
+        think="0.3",
+        prompt_tokens="48",
+        output_tokens="12",
+        tokenizer="bytes",
     )
-    print(f"{right} of {len(by_session)} conversations: every prompt holds all that was said")
-    return right == len(by_session) == 100
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in changed(spec).items()]
+    with running_server("--fake") as server, recording_proxy(server.url) as (url, exchanges):
+        load(url, *(word for pair in flags for word in pair))
+    num_turns = [len(session.turns) for session in build_plan(spec)]
+    said = {prompt + answer for prompt, answer in exchanges}
+    num_later = sum(
+        any(prompt.startswith(before + "\n\n") for before in said) for prompt, _ in exchanges
+    )
+    print(
+        f"{len(exchanges)} prompts of {len(num_turns)} conversations, {num_later} of them begin "
+        f"with all that was said before; planned: {sum(num_turns)}, {sum(num_turns) - 100} of them "
+        "later turns"
+    )
+    return len(exchanges) == sum(num_turns) and num_later == sum(num_turns) - 100
 
 
-def _goes_on(before: Record, after: Record) -> bool:
-    """Tell whether a prompt is as long as the one before, its answer and the new question."""
-    grown = after.num_prompt_tokens - before.num_prompt_tokens
-    return before.ok and after.ok and grown == len(before.text.encode()) + len("\n\n") + 48
+def changed(spec: WorkloadSpec) -> dict[str, object]:
+    """Return what differs from the defaults."""
+    default = asdict(WorkloadSpec())
+    return {name: value for name, value in asdict(spec).items() if value != default[name]}
+
+
+@contextlib.contextmanager
+def recording_proxy(url: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield the address of a proxy to a server, and the prompts and answers that it has passed."""
+    exchanges: list[tuple[str, str]] = []
+    started, stop = threading.Event(), asyncio.Event()
+    found: list[tuple[int, asyncio.AbstractEventLoop]] = []
+
+    async def serve() -> None:
+        async with aiohttp.ClientSession() as client:
+
+            async def get(request: web.Request) -> web.Response:
+                async with client.get(url + request.path) as answer:
+                    return web.json_response(await answer.json())
+
+            async def post(request: web.Request) -> web.StreamResponse:
+                body = await request.read()
+                async with client.post(url + request.path, data=body) as answer:
+                    response = web.StreamResponse(status=answer.status)
+                    await response.prepare(request)
+                    seen = b""
+                    async for data in answer.content.iter_any():
+                        seen += data
+                        await response.write(data)
+                exchanges.append((json.loads(body)["prompt"], _text(seen)))
+                return response
+
+            app = web.Application()
+            app.router.add_get("/v1/models", get)
+            app.router.add_post("/v1/completions", post)
+            runner = web.AppRunner(app, access_log=None)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", free_port())
+            await site.start()
+            found.append((int(site.name.rpartition(":")[2]), asyncio.get_running_loop()))
+            started.set()
+            await stop.wait()
+            await runner.cleanup()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    started.wait()
+    port, loop = found[0]
+    try:
+        yield f"http://127.0.0.1:{port}", exchanges
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+
+def _text(stream: bytes) -> str:
+    """Return what the chunks of a completion say."""
+    lines = [line[6:] for line in stream.split(b"\n\n") if line.startswith(b"data: {")]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    return "".join(choice["text"] for choice in choices)
 
 
 def main() -> None:

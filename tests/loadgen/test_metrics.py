@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from loadgen.distribution import distribution, samples_needed
 from loadgen.fairness import fairness, jain_index
 from loadgen.metrics import Slo, summarize
+from loadgen.report import words
 from loadgen.types import LoadError
 from tests.loadgen.results import answer, failure, run_of
 
@@ -129,6 +130,15 @@ def test_one_hiccup_is_no_shortfall_and_a_closed_loop_has_no_lag():
     lags = (0.9,) + (0.0,) * 199  # one late request; the lag's p99 is near zero
     assert not summarize(run_of(*records, lags_s=lags)).lag.fell_behind
     assert summarize(run_of(*records)).lag is None
+
+
+@pytest.mark.parametrize(("lag_s", "fell_behind"), [(0.0005, False), (0.4, True)])
+def test_requests_that_were_meant_at_once_and_went_out_late_are_told(lag_s, fell_behind):
+    records = [answer(0.0, lag_s, [lag_s + 0.01], 1.0) for _ in range(50)]
+    summary = summarize(run_of(*records, lags_s=(lag_s,) * 50))
+    assert summary.lag.fell_behind is fell_behind
+    told = " ".join(words.warnings(summary))
+    assert ("fell behind by its whole plan" in told) is fell_behind
 
 
 def test_an_empty_run_has_a_summary():

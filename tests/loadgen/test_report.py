@@ -246,7 +246,7 @@ def two():
 
 
 def test_the_page_is_well_formed_and_loads_nothing(two):
-    text = html.page(two, notes=["left <= right"])
+    text = html.page(two, [("measure", "A"), ("left <= right", "<b>")], ["left <= right"])
     page = Page(text)
     assert page.open == []
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
