@@ -18,6 +18,7 @@ from loadgen.compare.arms import (
     Arm,
     Result,
     arm,
+    check_measured,
     check_primary,
     compared,
     healths,
@@ -219,7 +220,9 @@ async def _compare(
         if problem is not None:
             raise problem
         weights = workload_of(scheduled.seed).weights
-        results.append((scheduled, result, summarize(result, slo, weights=weights)))
+        summary = summarize(result, slo, weights=weights)
+        check_measured(turns.primary, summary)
+        results.append((scheduled, result, summary))
 
     problem = None
     with stopped_by_signals() as stop:

@@ -116,6 +116,15 @@ def check_primary(primary: str, *, has_slo: bool) -> None:
         raise LoadError("goodput needs objectives", "give them, as in --slo ttft:200 tpot:50")
 
 
+def check_measured(primary: str, summary: Summary) -> None:
+    """Raise LoadError if a run is too short for the measure: the others are no longer."""
+    if MEASURES[primary][1](summary) is None:
+        raise LoadError(
+            f"a run of {summary.throughput.num_requests:,} requests has no {primary}",
+            "send more of them, or compare another measure with --primary",
+        )
+
+
 def whole_pairs(results: Sequence[Result]) -> list[Result]:
     """Return the results of which both runs of a pair are there."""
     seen = Counter(scheduled.pair for scheduled, _, _ in results)

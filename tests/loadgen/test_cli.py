@@ -74,8 +74,9 @@ def test_a_server_that_dies_is_told_and_what_came_before_is_kept(tmp_path: Path)
     with mock_server("--ttft-ms", 5, "--itl-ms", 1) as (server, url):
         load = ("--num-sessions", "80", "--rate", "20", "--output-tokens", "2")
         words = ("run", url, *load, "--json", str(file))
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen([*LOADGEN, *words], **pipes) as process:
+        with subprocess.Popen(
+            [*LOADGEN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
             wait_until_busy(url, 10)
             server.kill()
             out, err = process.communicate(timeout=60)
@@ -94,6 +95,7 @@ def test_results_are_written_though_nobody_reads_what_is_printed(tmp_path: Path)
     with mock_server("--ttft-ms", 1) as (_, url):
         words = ("run", url, "--num-sessions", "3", "--rate", "100", "--json", str(file))
         with subprocess.Popen([*LOADGEN, *words], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
             process.stdout.close()
             assert process.wait(timeout=60) == 0
     assert len(read_json(file).records) == 3
@@ -125,6 +127,10 @@ def test_tenants_have_the_weights_that_they_were_given(tmp_path: Path):
         (["run", "URL", "--html", "x", "--json", "./x"], "x is named twice"),
         (["compare", "URL", "URL", "--primary", "ttft_p5O"], "there is no measure ttft_p5O"),
         (["compare", "URL", "URL", "--primary", "goodput"], "goodput needs objectives"),
+        (
+            ["compare", "URL", "URL", "--primary", "ttft_p99"],
+            "100 requests has no ttft_p99",
+        ),
         (["run", "ERRORS"], "all 100 requests failed, the first with http_503"),
         (["compare", "URL", "URL", "--pairs", "3"], "3 pairs of runs"),
         (["compare", "", "", "--serve", "true"], "does not say where its port goes"),
