@@ -15,7 +15,7 @@ import numpy as np
 from loadgen.types import LoadError, Plan, Session
 from loadgen.workload.arrivals import start_times
 from loadgen.workload.corpus import load_text
-from loadgen.workload.lengths import parse_lengths
+from loadgen.workload.lengths import MOST_TOKENS, parse_lengths
 from loadgen.workload.plan_file import is_plan, read_plan
 from loadgen.workload.prefixes import SharedPrefixes, block_prompt
 from loadgen.workload.reuse import lru_reuse, num_distinct_tokens, unbounded_reuse
@@ -162,6 +162,11 @@ def _check(spec: WorkloadSpec) -> None:
         raise LoadError("the run would hold no request", "ask for at least one session")
     if spec.prefix_tokens < 0 or spec.num_prefixes < 1:
         raise LoadError("there is no such prefix", "give at least one prefix, of 0 tokens or more")
+    if spec.num_prefixes * max(spec.prefix_tokens, 1) > MOST_TOKENS:
+        raise LoadError(
+            f"the shared prefixes are more than {MOST_TOKENS:,} tokens",
+            "give fewer or shorter ones",
+        )
     if spec.cache_tokens is not None and spec.cache_tokens < 1:
         raise LoadError(f"a cache of {spec.cache_tokens} tokens holds none", "give at least 1")
     least = spec.prefix_tokens + 2
@@ -178,7 +183,7 @@ def _stream(seed: int, label: str) -> Stream:
 
 def _prompts(spec: WorkloadSpec) -> tuple[Prompts, dict[str, str]]:
     if spec.token_ids and spec.tokenizer is None:
-        if spec.vocab_size is None or spec.vocab_size < 1:
+        if spec.vocab_size is None or not 1 <= spec.vocab_size < 1 << 31:
             raise LoadError(
                 "token ids need a vocabulary", "name a tokenizer, or give the vocabulary's size"
             )
