@@ -111,7 +111,7 @@ def why_nothing_came(run: Run) -> LoadError | None:
     remedies = {
         "refused": "see whether the server still runs, and what its log says",
         "disconnected": "see whether the server still runs, and what its log says",
-        "connect_timeout": "send less (--rate, --concurrency), or raise the server's listen backlog",
+        "connect_timeout": "send less (--rate), or let the server listen with a longer backlog",
         "no_descriptors": "raise this machine's limit (ulimit -Hn), or send less at a time",
         "unsendable": "mend the plan, --extra or --model, whichever this comes from",
         "bad_answer": "give the address of an OpenAI-compatible server, or another --endpoint",

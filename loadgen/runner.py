@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from loadgen.target import Message, Outgoing, Target
 from loadgen.types import Plan, Prompt, Record, Session, Turn
 
-
 _RECENT = 100  # latencies that are shown while it runs
 
 

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+_MASK = "***"
 _NAMES = r"[\w-]*(?:key|token|secret|password|auth[\w-]*|header)"
 _SECRET = re.compile(rf"(?i)--?{_NAMES}")  # a flag whose next word is not shown
 _GIVEN = re.compile(rf"(?i)(?:--?)?{_NAMES}(?==)")
@@ -32,7 +33,7 @@ def command_line(command: Sequence[str]) -> str:
     program = Path(command[0])
     is_module = program.name == "__main__.py"
     name = ["python", "-m", program.parent.name] if is_module else [program.name]
-    return shlex.join([*name, *_masked(command[1:])])
+    return _joined([*name, *_masked(command[1:])])
 
 
 def _masked(words: Sequence[str]) -> list[str]:
@@ -40,13 +41,20 @@ def _masked(words: Sequence[str]) -> list[str]:
     is_secret = False
     for word in words:
         if is_secret:
-            shown.append("***")
+            shown.append(_MASK)
         elif given := _GIVEN.match(word):
-            shown.append(f"{given[0]}=***")
+            shown.append(f"{given[0]}={_MASK}")
         else:
             shown.append(without_user(_within(word)))
         is_secret = not is_secret and bool(_SECRET.fullmatch(word))
     return shown
+
+
+def _joined(words: Sequence[str]) -> str:
+    """Join as a shell splits; only the masks stand as they are, which nobody types."""
+    return " ".join(
+        word if word.endswith(_MASK) and " " not in word else shlex.quote(word) for word in words
+    )
 
 
 def _within(word: str) -> str:
@@ -54,6 +62,6 @@ def _within(word: str) -> str:
     if not _WITHIN.search(word):
         return word
     try:
-        return shlex.join(_masked(shlex.split(word)))
+        return _joined(_masked(shlex.split(word)))
     except ValueError:  # a quote that does not end
-        return "***"
+        return _MASK

@@ -137,7 +137,7 @@ def _prompt(value: Any) -> Prompt:
 def _max_tokens(value: Any) -> int:
     max_tokens = _of(int, value)
     if not 1 <= max_tokens <= MOST_TOKENS:
-        raise ValueError(f"max_tokens is {max_tokens:.3g}, and not from 1 to {MOST_TOKENS:,}")
+        raise ValueError(f"max_tokens is {max_tokens}, and not from 1 to {MOST_TOKENS:,}")
     return max_tokens
 
 

@@ -19,7 +19,7 @@ from loadgen.workload.arrivals import MOST
 _REMEDY = "write NAME:WEIGHT, NAME:WEIGHT:PRIORITY or flood:NAME@START+DURATIONxRATE"
 _MOST = 1e12  # of a weight, and of seconds until a flood
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
-_TENANT = re.compile(rf"([^:@]+):{_NUMBER}(?::(-?\d{1, 9}))?")
+_TENANT = re.compile(rf"([^:@]+):{_NUMBER}(?::(-?\d{{1,9}}))?")
 _FLOOD = re.compile(rf"flood:([^:@]+)@{_NUMBER}\+{_NUMBER}x{_NUMBER}")
 
 
