@@ -25,6 +25,7 @@ import msgspec
 from aiohttp import web
 
 from loadgen.distribution import distribution
+from loadgen.flags import Whole
 from loadgen.timing import precise_loop
 from loadgen.types import LoadError
 
@@ -62,13 +63,13 @@ class MockConfig:
 
     ttft_ms: float = 50.0
     itl_ms: float = 10.0
-    default_tokens: int = 16
+    default_tokens: Whole = 16
     error_rate: float = 0.0
-    error_status: int = 500
+    error_status: Whole = 500
     disconnect_rate: float = 0.0
     freeze_at_s: float = 0.0
     freeze_s: float = 0.0
-    seed: int = 0
+    seed: Whole = 0
 
     def due_s(self, index: int) -> float:
         """Return when a token is due, after the request came."""

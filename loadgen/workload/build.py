@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loadgen.flags import Whole, WholeOrNone
 from loadgen.types import LoadError, Plan, Session
 from loadgen.workload.arrivals import start_times
 from loadgen.workload.corpus import load_text
@@ -93,17 +94,17 @@ class WorkloadSpec:
         Also tell what an LRU cache of so many tokens would hit of a trace with named blocks.
     """
 
-    seed: int = 0
-    num_sessions: int | None = None
+    seed: Whole = 0
+    num_sessions: WholeOrNone = None
     duration_s: float | None = None
     arrivals: str = "poisson"
     rate: float = 1.0
     cv: float = 1.0
     prompt_tokens: str = "256"
     output_tokens: str = "128"
-    max_context: int | None = None
-    num_prefixes: int = 1
-    prefix_tokens: int = 0
+    max_context: WholeOrNone = None
+    num_prefixes: Whole = 1
+    prefix_tokens: Whole = 0
     turns: str = "1"
     next_prompt_tokens: str | None = None
     think: str = "0"
@@ -111,12 +112,12 @@ class WorkloadSpec:
     text: Path | None = None
     tokenizer: str | None = None
     token_ids: bool = False
-    vocab_size: int | None = None
+    vocab_size: WholeOrNone = None
     trace: Path | None = None
     trace_start_s: float = 0.0
     trace_speed: float = 1.0
-    trace_divisor: int = 1
-    cache_tokens: int | None = None
+    trace_divisor: Whole = 1
+    cache_tokens: WholeOrNone = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
