@@ -121,7 +121,7 @@ class OpenAITarget:
         try:
             body = msgspec.json.encode(self._body(outgoing))
         except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-            record.error, record.detail = "unsendable", _shortened(repr(error))
+            record.error, record.detail = "unsendable", _shortened(_named(error))
             record.end_at_s = record.sent_at_s
             return
         try:
@@ -146,7 +146,7 @@ class OpenAITarget:
         except (aiohttp.ClientError, OSError) as error:
             record.error, record.detail = "disconnected", _shortened(str(error) or repr(error))
         except Exception as error:  # noqa: BLE001 (no answer may end the run)
-            record.error, record.detail = "bad_answer", _shortened(repr(error))
+            record.error, record.detail = "bad_answer", _shortened(_named(error))
         finally:
             record.end_at_s = clock() - zero_s
             stream.finish()
@@ -326,6 +326,10 @@ async def _start_of(content: aiohttp.StreamReader) -> str:
     while len(start) < _MAX_SHOWN_BYTES and (data := await content.readany()):
         start += data
     return start[:_MAX_SHOWN_BYTES].decode(errors="replace")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _shortened(text: str) -> str:

@@ -239,7 +239,7 @@ def test_no_exception_ends_a_run(monkeypatch):
         return await sent(url)
 
     record = with_server(app_that_says(event(choices=[])), talk)
-    assert (record.error, record.detail) == ("bad_answer", "LookupError('surprise')")
+    assert (record.error, record.detail) == ("bad_answer", "LookupError: surprise")
 
 
 def test_a_prompt_that_is_no_text_is_not_the_servers_failure():
