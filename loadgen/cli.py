@@ -27,6 +27,7 @@ from loadgen.compare.arms import (
 )
 from loadgen.compare.report import HEADER, comparison_notes, comparison_rows, comparison_table
 from loadgen.compare.statistics import ScheduledRun, schedule
+from loadgen.flags import Whole, WholeOrNone
 from loadgen.metrics import Slo, summarize
 from loadgen.mock import MockConfig, serve
 from loadgen.once import Asked, TargetFlags, run_once, why_it_ended, why_nothing_came
@@ -62,7 +63,7 @@ class MeasureFlags:
         File for the report as one page.
     """
 
-    concurrency: int | None = None
+    concurrency: WholeOrNone = None
     slo: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = ()
     json: Path | None = None
     html: Path | None = None
@@ -151,7 +152,7 @@ class CompareFlags:
     """
 
     serve: str = "hocket serve --port {port}"
-    pairs: int = 12
+    pairs: Whole = 12
     primary: str = "ttft_p50"
 
 
@@ -277,7 +278,7 @@ _MOCK = MockConfig()
 
 
 @app.command
-def mock(*, port: int = 8000, config: Annotated[MockConfig, Parameter(name="*")] = _MOCK) -> None:
+def mock(*, port: Whole = 8000, config: Annotated[MockConfig, Parameter(name="*")] = _MOCK) -> None:
     """Serve answers of known latencies on loopback, to try a client against.
 
     Each chunk says in `sent_ns` when it was sent, by the monotonic clock of this machine, and
@@ -290,8 +291,8 @@ def mock(*, port: int = 8000, config: Annotated[MockConfig, Parameter(name="*")]
     """
     try:
         serve(config, port)
-    except OSError as error:
-        _exit(LoadError(f"port {port}: {error.strerror}", "name another one with --port"))
+    except LoadError as error:
+        _exit(error)
 
 
 def _bounded(workload: WorkloadSpec, measure: MeasureFlags) -> WorkloadSpec:
@@ -313,7 +314,7 @@ def _bounded(workload: WorkloadSpec, measure: MeasureFlags) -> WorkloadSpec:
 def _extra(target: TargetFlags) -> dict[str, Any]:
     try:
         extra = json.loads(target.extra)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoadError(f"--extra is no JSON: {error}", "give an object in quotes") from error
     if not isinstance(extra, dict):
         raise LoadError("--extra is no JSON object", "give one, such as '{\"top_p\": 0.9}'")

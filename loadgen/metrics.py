@@ -79,8 +79,8 @@ class Throughput:
     num_output_tokens: int
     input_tokens_per_s: float
     output_tokens_per_s: float
-    num_cached_tokens: int
-    hit_rate: float | None  # cached, of the prompt tokens; None: no prompt tokens were counted
+    num_cached_tokens: int | None  # None: no answer told
+    hit_rate: float | None  # cached, of the prompt tokens; None: one of the two is unknown
     tokens_per_event: float | None  # ITL is between events: above 1, it is not between tokens
 
 
@@ -182,7 +182,9 @@ def _throughput(run: Run) -> Throughput:
     done = [record for record in run.records if record.ok]
     num_input = sum(record.num_prompt_tokens for record in done)
     num_output = sum(record.num_output_tokens for record in done)
-    num_cached = sum(record.num_cached_tokens for record in done)
+    # A server may tell only of answers that hit: where it says nothing, none did.
+    told = [it.num_cached_tokens for it in done if it.num_cached_tokens is not None]
+    num_cached = sum(told) if told else None
     num_events = sum(len(record.received_at_s) for record in done)
     return Throughput(
         duration_s=run.duration_s,
@@ -194,7 +196,7 @@ def _throughput(run: Run) -> Throughput:
         input_tokens_per_s=_per_s(num_input, run.duration_s),
         output_tokens_per_s=_per_s(num_output, run.duration_s),
         num_cached_tokens=num_cached,
-        hit_rate=num_cached / num_input if num_input else None,
+        hit_rate=num_cached / num_input if num_input and num_cached is not None else None,
         tokens_per_event=num_output / num_events if num_events else None,
     )
 

@@ -11,6 +11,7 @@ and all that was due is due that much later, as with a process that is stopped f
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections import deque
@@ -24,11 +25,14 @@ import msgspec
 from aiohttp import web
 
 from loadgen.distribution import distribution
+from loadgen.flags import Whole
 from loadgen.timing import precise_loop
+from loadgen.types import LoadError
 
 MODEL = "mock"
 _WORD = " word"
 _MOST_STAMPS = 1_000_000
+_LONGEST = 1e9  # of a time in the configuration, in its own unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +63,13 @@ class MockConfig:
 
     ttft_ms: float = 50.0
     itl_ms: float = 10.0
-    default_tokens: int = 16
+    default_tokens: Whole = 16
     error_rate: float = 0.0
-    error_status: int = 500
+    error_status: Whole = 500
     disconnect_rate: float = 0.0
     freeze_at_s: float = 0.0
     freeze_s: float = 0.0
-    seed: int = 0
+    seed: Whole = 0
 
     def due_s(self, index: int) -> float:
         """Return when a token is due, after the request came."""
@@ -187,15 +191,46 @@ class MockServer:
 
 
 def serve(config: MockConfig, port: int) -> None:
-    """Serve on loopback until SIGINT or SIGTERM. Raises OSError if the port cannot be had."""
+    """Serve on loopback until SIGINT or SIGTERM. Raises LoadError if it cannot be."""
+    _check(config, port)
     url = f"http://127.0.0.1:{port}"
-    print(  # noqa: T201 (the command's result)
+    said = (
         f"Mock server at {url}/v1, model {MODEL}: first token after {config.ttft_ms:g} ms, "
-        f"then one every {config.itl_ms:g} ms\nNext: hocket bench run {url}",
-        flush=True,
+        f"then one every {config.itl_ms:g} ms\nNext: hocket bench run {url}"
     )
-    app = MockServer(config).app
-    web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None, loop=precise_loop())
+
+    def tell(_: str) -> None:  # once it listens
+        print(said, flush=True)  # noqa: T201 (the command's result)
+
+    app, loop = MockServer(config).app, precise_loop()
+    try:
+        web.run_app(app, host="127.0.0.1", port=port, print=tell, access_log=None, loop=loop)
+    except OSError as error:
+        raise LoadError(
+            f"port {port}: {os.strerror(error.errno or 0)}", "name another one with --port"
+        ) from error
+
+
+def _check(config: MockConfig, port: int) -> None:
+    """Raise LoadError for what no server can be."""
+    if not 0 < port < 1 << 16:
+        raise LoadError(f"{port} is no port", "give one from 1 to 65535 with --port")
+    spans = ("ttft_ms", "itl_ms", "freeze_at_s", "freeze_s")
+    wrong = [name for name in spans if not 0 <= getattr(config, name) <= _LONGEST]
+    wrong += [
+        name for name in ("error_rate", "disconnect_rate") if not 0 <= getattr(config, name) <= 1
+    ]
+    if not 400 <= config.error_status <= 599:
+        wrong.append("error_status")
+    if not 1 <= config.default_tokens <= _MOST_STAMPS:
+        wrong.append("default_tokens")
+    if wrong:
+        flag = wrong[0].replace("_", "-")
+        raise LoadError(
+            f"the mock server cannot have a --{flag} of {getattr(config, wrong[0]):g}",
+            "times are finite and not negative, rates from 0 to 1, the status from 400 to 599, "
+            "tokens from 1",
+        )
 
 
 def _said(values_s: Iterable[float]) -> dict[str, float | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections import Counter
 from contextlib import suppress
 
 from rich.console import Console
@@ -15,7 +14,6 @@ from loadgen.runner import Progress
 
 _REFRESH_S = 0.25  # often enough to feel live; drawing takes the loop about a millisecond
 _LINE_EVERY_S = 10.0
-_WINDOW = 100  # latencies that the line speaks of
 
 
 async def show(progress: Progress, title: str) -> None:
@@ -34,8 +32,7 @@ async def show(progress: Progress, title: str) -> None:
 def describe(progress: Progress) -> str:
     """Return where the run is, in a line."""
     now_s = asyncio.get_running_loop().time() - progress.zero_s
-    recent = progress.records[-_WINDOW - progress.num_in_flight :]
-    ttfts_s = sorted(record.ttft_s for record in recent if record.received_at_s)
+    ttfts_s = sorted(progress.recent_ttfts_s)
     parts = [
         f"{now_s:.0f} s",
         f"{progress.num_begun} of {progress.num_sessions} begun",
@@ -43,8 +40,7 @@ def describe(progress: Progress) -> str:
     ]
     if ttfts_s:
         parts.append(f"recent TTFT {1000 * ttfts_s[len(ttfts_s) // 2]:.0f} ms")
-    errors = Counter(record.error for record in progress.records if record.error)
-    parts += [f"{count} {error}" for error, count in errors.most_common(3)]
+    parts += [f"{count} {error}" for error, count in progress.errors.most_common(3)]
     return ", ".join(parts)
 
 

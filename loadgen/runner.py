@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from loadgen.target import Message, Outgoing, Target
 from loadgen.types import Plan, Prompt, Record, Session, Turn
+
+_RECENT = 100  # latencies that are shown while it runs
 
 
 @dataclass(slots=True)
@@ -30,6 +33,17 @@ class Progress:
     zero_s: float = 0.0  # of the monotonic clock
     duration_s: float = 0.0
     interrupted: bool = False
+    # Counted as requests end, so that to show them costs the same however many there were.
+    errors: Counter[str] = field(default_factory=Counter)
+    recent_ttfts_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+
+    def end(self, record: Record) -> None:
+        """Count a request that is over."""
+        self.num_in_flight -= 1
+        if record.error:
+            self.errors[record.error] += 1
+        if record.received_at_s:
+            self.recent_ttfts_s.append(record.ttft_s)
 
     @property
     def lags_s(self) -> tuple[float, ...]:
@@ -100,7 +114,7 @@ async def _play_session(
         try:
             await target.send(_outgoing(session, turn, said), record, progress.zero_s)
         finally:
-            progress.num_in_flight -= 1
+            progress.end(record)
         if not record.ok:
             return
         if len(session.turns) > 1:

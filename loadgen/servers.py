@@ -13,12 +13,13 @@ from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 
+from loadgen.shown import plain
 from loadgen.target import open_session
 from loadgen.types import LoadError
 
 READY_S, STOP_S = 300.0, 30.0
 _POLL_S = 0.1
-_SHOWN_LINES = 5
+_SHOWN_LINES, _SHOWN_CHARS = 5, 200
 
 
 @asynccontextmanager
@@ -34,7 +35,12 @@ async def running(command: str, stop: asyncio.Event) -> AsyncIterator[str]:
             f"the server's command does not say where its port goes: {command}",
             "write {port} in it, as in --serve 'hocket serve --port {port}'",
         )
-    words = shlex.split(command.replace("{port}", str(port)))
+    try:
+        words = shlex.split(command.replace("{port}", str(port)))
+    except ValueError as error:
+        raise LoadError(
+            f"the server's command cannot be read: {command} ({error})", "mend its quotes"
+        ) from error
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as output:
         try:
@@ -48,7 +54,8 @@ async def running(command: str, stop: asyncio.Event) -> AsyncIterator[str]:
         try:
             if not await _gets_ready(process, url, stop):
                 output.seek(0)
-                last = output.read().decode(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
+                lines = output.read().decode(errors="replace").strip().splitlines()
+                last = [plain(line, _SHOWN_CHARS) for line in lines[-_SHOWN_LINES:]]
                 raise LoadError(
                     f"the server did not get ready: {command}\n  " + "\n  ".join(last),
                     "run the command by itself, and see what it says",

@@ -7,6 +7,7 @@ no schedule: it sends one request now and fills in its record.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, Self
@@ -14,11 +15,17 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import aiohttp
 import msgspec
 
-from loadgen.sse import EventSplitter, EventTooLong
+from loadgen.shown import plain, without_user
+from loadgen.sse import EventSplitter
 from loadgen.types import LoadError, Plan, Prompt, Record
 
 Endpoint = Literal["completions", "chat"]
+CONNECT_S = 10.0
 _MAX_DETAIL = 200
+_MAX_SHOWN_BYTES = 16 << 10  # of an answer that is no stream
+_MOST_TOKENS = 1 << 40  # of which any count, sum and ratio is exact
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+_EVENT_STARTS = (b":", b"data:", b"event:", b"id:", b"retry:")
 
 
 class Message(NamedTuple):
@@ -107,29 +114,39 @@ class OpenAITarget:
 
     async def send(self, outgoing: Outgoing, record: Record, zero_s: float) -> None:
         assert self._session is not None
-        body = msgspec.json.encode(self._body(outgoing))
         path = "/v1/completions" if self.endpoint == "completions" else "/v1/chat/completions"
         clock = asyncio.get_running_loop().time
         stream = _Stream(record, clock, zero_s)
         record.sent_at_s = clock() - zero_s
         try:
+            body = msgspec.json.encode(self._body(outgoing))
+        except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+            record.error, record.detail = "unsendable", _shortened(_named(error))
+            record.end_at_s = record.sent_at_s
+            return
+        try:
             async with self._session.post(self.url + path, data=body) as response:
                 if response.status != 200:
                     record.error = f"http_{response.status}"
-                    record.detail = _shortened(await response.text(errors="replace"))
+                    record.detail = _shortened(await _start_of(response.content))
                 else:
                     await stream.read(response.content)
         except asyncio.CancelledError:
             record.error = "interrupted"
             raise
+        except aiohttp.ConnectionTimeoutError:
+            within_s = min(self.timeout_s, CONNECT_S)
+            record.error, record.detail = "connect_timeout", f"no connection within {within_s:g} s"
         except TimeoutError:
             record.error, record.detail = "timeout", f"no end within {self.timeout_s:g} s"
         except aiohttp.ClientConnectorError as error:
-            record.error, record.detail = "refused", _shortened(str(error))
+            is_own = error.errno in _NO_DESCRIPTORS
+            record.error = "no_descriptors" if is_own else "refused"
+            record.detail = _shortened(str(error))
         except (aiohttp.ClientError, OSError) as error:
             record.error, record.detail = "disconnected", _shortened(str(error) or repr(error))
-        except (msgspec.MsgspecError, EventTooLong) as error:
-            record.error, record.detail = "bad_answer", _shortened(repr(error))
+        except Exception as error:  # noqa: BLE001 (no answer may end the run)
+            record.error, record.detail = "bad_answer", _shortened(_named(error))
         finally:
             record.end_at_s = clock() - zero_s
             stream.finish()
@@ -163,30 +180,32 @@ def open_session(api_key: str, timeout_s: float) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         headers=headers,
         connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, 10.0)),
+        timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, CONNECT_S)),
     )
 
 
 async def served_model(url: str, api_key: str) -> str:
     """Ask a server for the first model it serves. Raises LoadError."""
+    shown = without_user(url)
     try:
         session = open_session(api_key, 10.0)
         async with session, session.get(f"{url}/v1/models") as answer:
             if answer.status != 200:
+                said = _shortened(await _start_of(answer.content))
                 raise LoadError(
-                    f"{url}/v1/models answered {answer.status}: {_shortened(await answer.text())}",
+                    f"{shown}/v1/models answered {answer.status}: {said}",
                     "name the model with --model, and the key with --api-key if it wants one",
                 )
             listed = msgspec.json.decode(await answer.read())
             return str(listed["data"][0]["id"])
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise LoadError(
-            f"no server answers at {url}: {_shortened(str(error) or repr(error))}",
+            f"no server answers at {shown}: {_shortened(str(error) or repr(error))}",
             "start it, or give another address",
         ) from error
-    except (msgspec.MsgspecError, LookupError, TypeError) as error:
+    except (msgspec.MsgspecError, LookupError, TypeError, RecursionError) as error:
         raise LoadError(
-            f"{url}/v1/models does not answer as OpenAI's API does", "name the model with --model"
+            f"{shown}/v1/models does not answer as OpenAI's API does", "name the model with --model"
         ) from error
 
 
@@ -200,15 +219,31 @@ class _Stream:
         self._pieces: list[str] = []
         self._num_counted = 0
         self._is_done = False
+        self._start = b""  # of the answer, while no event came
 
     async def read(self, content: aiohttp.StreamReader) -> None:
-        splitter = EventSplitter()
+        splitter, has_begun = EventSplitter(), False
         async for data in content.iter_any():
             now_s = self._clock() - self._zero_s
-            for event in splitter.feed(data):
+            events = splitter.feed(data)
+            for event in events:
                 self._take(event, now_s)
-        if not (self._is_done or self._record.finish_reason or self._record.error):
-            self._record.error, self._record.detail = "disconnected", "the stream just ended"
+            if events:
+                has_begun = True
+            elif not has_begun and len(self._start) < _MAX_SHOWN_BYTES:
+                self._start += data[:_MAX_SHOWN_BYTES]
+        record = self._record
+        if self._is_done or record.finish_reason or record.error:
+            return
+        start = self._start.lstrip()
+        if has_begun or not start or start.startswith(_EVENT_STARTS):
+            record.error, record.detail = "disconnected", "the stream just ended"
+        else:
+            said = start.decode(errors="replace")
+            record.error, record.detail = (
+                "bad_answer",
+                _shortened(f"not a stream of events: {said}"),
+            )
 
     def finish(self) -> None:
         self._record.text = "".join(self._pieces)
@@ -232,14 +267,15 @@ class _Stream:
         if said:
             self._pieces.append(said)
             record.received_at_s.append(now_s)
-            if event.sent_ns:
+            if 0 < event.sent_ns < 1 << 63:
                 record.stamped_at_s.append(event.sent_ns * 1e-9 - self._zero_s)
 
     def _count(self, usage: _Usage) -> None:
-        self._record.num_prompt_tokens = usage.prompt_tokens or 0
-        self._num_counted = usage.completion_tokens or 0
-        if usage.prompt_tokens_details is not None:
-            self._record.num_cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
+        self._record.num_prompt_tokens = _bounded(usage.prompt_tokens or 0)
+        self._num_counted = _bounded(usage.completion_tokens or 0)
+        details = usage.prompt_tokens_details
+        if details is not None and details.cached_tokens is not None:
+            self._record.num_cached_tokens = _bounded(details.cached_tokens)
 
 
 def check(plan: Plan, endpoint: Endpoint) -> None:
@@ -279,6 +315,23 @@ def _text(prompt: Prompt | tuple[Message, ...]) -> str | Sequence[int]:
     return ids or text
 
 
+def _bounded(num_tokens: int) -> int:
+    """Return what a server says it counted, as a number that one can go on with."""
+    return min(max(0, num_tokens), _MOST_TOKENS)
+
+
+async def _start_of(content: aiohttp.StreamReader) -> str:
+    """Read no more of an answer than is shown of it, whatever bytes it is made of."""
+    start = b""
+    while len(start) < _MAX_SHOWN_BYTES and (data := await content.readany()):
+        start += data
+    return start[:_MAX_SHOWN_BYTES].decode(errors="replace")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _MAX_DETAIL else text[: _MAX_DETAIL - 3] + "..."
+    """Make a line of what a server said, with nothing in it that could steer a terminal."""
+    return plain(" ".join(without_user(text).split()), _MAX_DETAIL)

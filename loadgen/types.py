@@ -56,7 +56,7 @@ class Record:
     received_at_s: list[float] = field(default_factory=list)  # of each event that brought text
     stamped_at_s: list[float] = field(default_factory=list)  # when a mock server sent those
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None  # None: the server does not say
     num_output_tokens: int = 0  # what the server counted, else the events that brought text
     finish_reason: str = ""
     text: str = ""
@@ -104,7 +104,7 @@ class Run:
     duration_s: float  # to the end of the last answer
     records: tuple[Record, ...]
     interrupted: bool = False
-    num_unsent: int = 0  # of an interrupted run
+    num_unsent: int = 0  # requests of the plan: it was interrupted, or a turn before them failed
     lags_s: tuple[float, ...] = ()  # of each open-loop request: sent, less when it was meant to be
     facts: dict[str, str] = field(default_factory=dict)  # machine, versions, command
 

@@ -16,6 +16,7 @@ from loadgen.compare.statistics import Comparison, Measure, ScheduledRun, compar
 from loadgen.metrics import Summary
 from loadgen.once import Asked, run_once
 from loadgen.servers import running
+from loadgen.shown import without_user
 from loadgen.types import LoadError, Run
 
 # What of a run is compared. Percentiles that a run is too short for are not comparable.
@@ -62,7 +63,7 @@ class Arm:
 def arm(name: str, what: str, serve: str) -> Arm:
     """Read what the user typed: an address, or flags that are added to the command `serve`."""
     if what.startswith(("http://", "https://")):
-        return Arm(name=name, url=what)
+        return Arm(name=without_user(name), url=what)
     return Arm(name=name, command=f"{serve} {what}".strip())
 
 

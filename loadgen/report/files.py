@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, fields
@@ -22,6 +21,7 @@ from typing import Any
 from loadgen.compare.arms import Health
 from loadgen.compare.statistics import Comparison
 from loadgen.metrics import Summary
+from loadgen.shown import command_line
 from loadgen.types import LoadError, Record, Run
 
 FORMAT = "hocket-loadgen-run"
@@ -34,14 +34,14 @@ _SCALARS = tuple(f for f in fields(Run) if f.name not in ("records", "lags_s"))
 _KINDS: dict[str, type | tuple[type, ...]] = {  # by annotation
     "str": str,
     "int": int,
+    "int | None": (int, type(None)),
     "float": (int, float),
     "bool": bool,
     "dict[str, str]": dict,
     "list[float]": list,
 }
-_EMPTY: dict[str, Any] = {"str": "", "int": 0, "float": 0, "list[float]": []}
+_EMPTY: dict[str, Any] = {"str": "", "int": 0, "int | None": None, "float": 0, "list[float]": []}
 _PACKAGES = ("hocket", "aiohttp", "numpy")
-_SECRET = re.compile(r"(?i)^--?[\w-]*(key|secret|password|auth[\w-]*|header)$")
 
 
 def write_json(path: Path, run: Run, summary: Summary) -> None:
@@ -132,13 +132,14 @@ def _deltas(times_s: Sequence[float]) -> list[int]:
 
 def _columns(records: Sequence[Record]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
-    for name in (field.name for field in fields(Record)):
+    for field in fields(Record):
+        name = field.name
         values = [getattr(record, name) for record in records]
         if name in _TIMES:
             values = _microseconds(values)
         elif name in _EVENTS:
             values = [_deltas(times_s) for times_s in values]
-        if any(values):
+        if any(value != _EMPTY[str(field.type)] for value in values):
             columns[name] = values
     return columns
 
@@ -171,24 +172,13 @@ def _check(field: Field[Any], value: object) -> None:
 def facts(command: Sequence[str] | None = None) -> dict[str, str]:
     """Collect what a reader needs to know of this machine; keys in a command are not shown."""
     return {
-        "command": _without_secrets(sys.argv if command is None else command),
+        "command": command_line(sys.argv if command is None else command),
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
         "CPU": f"{_cpu_model()}, {_num_cpus()} in use",
         "load before": _load_average(),
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
         **{name: found for name in _PACKAGES if (found := _version(name))},
     }
-
-
-def _without_secrets(command: Sequence[str]) -> str:
-    shown: list[str] = []
-    for word in command:
-        name, equals, _ = word.partition("=")
-        if shown and _SECRET.match(shown[-1]):
-            shown.append("***")
-        else:
-            shown.append(f"{name}=***" if equals and _SECRET.match(name) else word)
-    return " ".join([Path(shown[0]).name, *shown[1:]]) if shown else ""
 
 
 def _cpu_model() -> str:

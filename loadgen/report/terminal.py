@@ -86,9 +86,9 @@ def _throughput(run: Run, summary: Summary) -> RenderableType:
 
 def sparkline(values: Floats) -> str:
     """Draw values from zero to their largest, a character each; empty if all are zero."""
-    if not values.any():
+    if not (values > 0).any():
         return ""
-    levels = np.ceil(values / values.max() * (len(_BARS) - 1)).astype(int)
+    levels = np.ceil(np.maximum(values, 0) / values.max() * (len(_BARS) - 1)).astype(int)
     return "".join(_BARS[level] for level in levels)
 
 

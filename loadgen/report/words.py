@@ -11,17 +11,12 @@ from dataclasses import asdict
 from loadgen.distribution import PERCENTILES, Distribution, samples_needed
 from loadgen.fairness import Fairness
 from loadgen.metrics import Summary
+from loadgen.shown import plain as plain
 from loadgen.types import Run
 
 REFUSED = "–"  # noqa: RUF001 (a dash that is as wide as a digit)
 LATENCY_COLUMNS = ("", "mean", "sd", *PERCENTILES, "max", "samples")
 WORKLOAD_FACTS = ("left out", "shortened", "reuse", "reuse, LRU")
-
-
-def plain(text: str, limit: int = 60) -> str:
-    """Take what could steer a terminal out of a text, and shorten it to `limit` characters."""
-    shown = "".join(char if char.isprintable() else " " for char in text).strip()
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def number(value: float) -> str:

@@ -16,6 +16,10 @@ from loadgen.types import LoadError
 FloatArray = npt.NDArray[np.float64]
 Gaps = Callable[[np.random.Generator, float, float, int], FloatArray]  # rng, rate, cv, how many
 
+MOST = 10_000_000  # requests of a run
+_LEAST_RATE = 1e-9  # one in 32 years; an infinite one sends all at once
+_LEAST_CV, _MOST_CV = 1e-3, 1e3
+
 _CHUNK = 1024  # gaps drawn at once: a longer run with the same seed begins as the shorter one
 
 
@@ -68,10 +72,15 @@ def scaled(times_s: list[float], speed: float) -> list[float]:
 def _check(name: str, rate: float, cv: float, num: int | None, duration_s: float | None) -> None:
     if name not in ARRIVALS:
         raise LoadError(f"unknown arrivals {name!r}", f"choose from {', '.join(ARRIVALS)}")
-    if not (rate > 0 and 0 < cv < math.inf):
-        raise LoadError(f"rate {rate:g} with cv {cv:g} is no process", "give positive numbers")
+    if not (rate >= _LEAST_RATE and _LEAST_CV <= cv <= _MOST_CV):
+        raise LoadError(
+            f"rate {rate:g} with cv {cv:g} is no process",
+            f"give a rate above 0, and a cv from {_LEAST_CV:g} to {_MOST_CV:g}",
+        )
     if (num is not None and num < 1) or (duration_s is not None and not duration_s > 0):
         raise LoadError("the run would hold no request", "ask for at least one, or for some time")
     unbounded_s = duration_s is None or math.isinf(duration_s) or math.isinf(rate)
     if num is None and unbounded_s:
         raise LoadError("the run would never end", "give a number of requests or a duration")
+    if min(math.inf if num is None else num, rate * (duration_s or math.inf)) > MOST:
+        raise LoadError(f"the run would hold more than {MOST:,} requests", "ask for fewer")

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from loadgen.flags import Whole, WholeOrNone
 from loadgen.types import LoadError, Plan, Session
 from loadgen.workload.arrivals import start_times
 from loadgen.workload.corpus import load_text
-from loadgen.workload.lengths import parse_lengths
+from loadgen.workload.lengths import MOST_TOKENS, parse_lengths
 from loadgen.workload.plan_file import is_plan, read_plan
 from loadgen.workload.prefixes import SharedPrefixes, block_prompt
 from loadgen.workload.reuse import lru_reuse, num_distinct_tokens, unbounded_reuse
@@ -93,17 +94,17 @@ class WorkloadSpec:
         Also tell what an LRU cache of so many tokens would hit of a trace with named blocks.
     """
 
-    seed: int = 0
-    num_sessions: int | None = None
+    seed: Whole = 0
+    num_sessions: WholeOrNone = None
     duration_s: float | None = None
     arrivals: str = "poisson"
     rate: float = 1.0
     cv: float = 1.0
     prompt_tokens: str = "256"
     output_tokens: str = "128"
-    max_context: int | None = None
-    num_prefixes: int = 1
-    prefix_tokens: int = 0
+    max_context: WholeOrNone = None
+    num_prefixes: Whole = 1
+    prefix_tokens: Whole = 0
     turns: str = "1"
     next_prompt_tokens: str | None = None
     think: str = "0"
@@ -111,12 +112,12 @@ class WorkloadSpec:
     text: Path | None = None
     tokenizer: str | None = None
     token_ids: bool = False
-    vocab_size: int | None = None
+    vocab_size: WholeOrNone = None
     trace: Path | None = None
     trace_start_s: float = 0.0
     trace_speed: float = 1.0
-    trace_divisor: int = 1
-    cache_tokens: int | None = None
+    trace_divisor: Whole = 1
+    cache_tokens: WholeOrNone = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +168,11 @@ def _check(spec: WorkloadSpec) -> None:
         raise LoadError("the run would hold no request", "ask for at least one session")
     if spec.prefix_tokens < 0 or spec.num_prefixes < 1:
         raise LoadError("there is no such prefix", "give at least one prefix, of 0 tokens or more")
+    if spec.num_prefixes * max(spec.prefix_tokens, 1) > MOST_TOKENS:
+        raise LoadError(
+            f"the shared prefixes are more than {MOST_TOKENS:,} tokens",
+            "give fewer or shorter ones",
+        )
     if spec.cache_tokens is not None and spec.cache_tokens < 1:
         raise LoadError(f"a cache of {spec.cache_tokens} tokens holds none", "give at least 1")
     least = spec.prefix_tokens + 2
@@ -183,7 +189,7 @@ def _stream(seed: int, label: str) -> Stream:
 
 def _prompts(spec: WorkloadSpec) -> tuple[Prompts, dict[str, str]]:
     if spec.token_ids and spec.tokenizer is None:
-        if spec.vocab_size is None or spec.vocab_size < 1:
+        if spec.vocab_size is None or not 1 <= spec.vocab_size < 1 << 31:
             raise LoadError(
                 "token ids need a vocabulary", "name a tokenizer, or give the vocabulary's size"
             )

@@ -23,13 +23,16 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from loadgen.shown import plain
 from loadgen.types import LoadError
 from loadgen.workload.lines import read_lines
 
 IntArray = npt.NDArray[np.int64]
 
 _P99_Z = 2.3263478740408408  # of the standard normal distribution
-_NO_MAX = 2**31 - 1
+MOST_TOKENS = 10_000_000  # of one length: more than any model reads, and still quick to make
+_MOST_DIGITS = len(str(MOST_TOKENS))
+_LEAST = 1e-9  # of the numbers of a lognormal
 _POWER_LAWS = {"short": (128, 2.0), "medium": (256, 1.5), "long": (512, 1.15)}  # mean, alpha
 _POWER_LAW_MAX = 6144
 _REMEDY = (
@@ -67,7 +70,7 @@ class Lognormal:
 
     mu: float
     sigma: float
-    maximum: int = _NO_MAX
+    maximum: int = MOST_TOKENS
 
     def sample(self, rng: np.random.Generator, num: int) -> IntArray:
         drawn = np.rint(rng.lognormal(self.mu, self.sigma, num))
@@ -114,8 +117,8 @@ def parse_lengths(spec: str) -> Lengths:
     kind, _, rest = spec.strip().partition(":")
     if not rest and kind in _POWER_LAWS:
         return PowerLaw(*_POWER_LAWS[kind])
-    if not rest and kind.isdecimal() and int(kind) >= 1:
-        return Fixed(int(kind))
+    if not rest and kind.isdecimal() and (length := _whole(spec, kind)) >= 1:
+        return Fixed(length)
     if kind == "uniform":
         return _uniform(spec, rest)
     if kind == "lognormal":
@@ -139,7 +142,8 @@ def read_lengths(path: Path, column: str | None = None) -> tuple[int, ...]:
     lines = read_lines(path)
     place = 0
     if column is not None:
-        header = next(csv.reader(line for _, line in [next(lines, (0, ""))]), [])
+        number, line = next(lines, (1, ""))
+        header = _cells(path, number, line)
         if column not in header:
             raise LoadError(
                 f"{path}, line 1: no column {column!r}", f"its columns are {', '.join(header)}"
@@ -152,21 +156,41 @@ def read_lengths(path: Path, column: str | None = None) -> tuple[int, ...]:
 
 
 def _length(path: Path, number: int, line: str, place: int) -> int:
-    cells = next(csv.reader([line]))
+    cells = _cells(path, number, line)
     text = cells[place].strip() if place < len(cells) else ""
-    if not text.isdecimal() or int(text) < 1:
+    length = _decimal(text)
+    if length is None or not 1 <= length <= MOST_TOKENS:
         raise LoadError(
-            f"{path}, line {number}: {text!r} is not a length in tokens",
-            "give whole numbers from 1; for a table add ,column=NAME",
+            f"{path}, line {number}: {plain(repr(text))} is not a length in tokens",
+            f"give whole numbers from 1 to {MOST_TOKENS:,}; for a table add ,column=NAME",
         )
-    return int(text)
+    return length
+
+
+def _cells(path: Path, number: int, line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error as error:  # a CR inside a line, a field of more than 128 KiB
+        raise LoadError(f"{path}, line {number}: {error}", "mend or remove this line") from error
+
+
+def _decimal(text: str) -> int | None:
+    """Read a whole number; None for what is none, or is longer than any length."""
+    return int(text) if text.isdecimal() and len(text.lstrip("0")) <= _MOST_DIGITS else None
+
+
+def _whole(spec: str, text: str) -> int:
+    length = _decimal(text)
+    if length is None or length > MOST_TOKENS:
+        raise _bad(spec, f"a length is at most {MOST_TOKENS:,}")
+    return length
 
 
 def _uniform(spec: str, rest: str) -> Uniform:
     match = re.fullmatch(r"(\d+)-(\d+)", rest)
     if not match:
         raise _bad(spec, "uniform takes LOW-HIGH")
-    low, high = int(match[1]), int(match[2])
+    low, high = _whole(spec, match[1]), _whole(spec, match[2])
     if not 1 <= low <= high:
         raise _bad(spec, "it needs 1 <= LOW <= HIGH")
     return Uniform(low, high)
@@ -180,9 +204,10 @@ def _lognormal(spec: str, rest: str) -> Lognormal:
             fields[name.strip() or "mean"] = float(value)
         except ValueError:
             raise _bad(spec, f"{value!r} is not a number") from None
-    maximum = fields.pop("max", float(_NO_MAX))
-    if not all(0 < value < math.inf for value in (*fields.values(), maximum)) or maximum < 1:
-        raise _bad(spec, "its numbers must be positive")
+    maximum = fields.pop("max", float(MOST_TOKENS))
+    numbers = (*fields.values(), maximum)
+    if not all(_LEAST <= value <= MOST_TOKENS for value in numbers) or maximum < 1:
+        raise _bad(spec, f"its numbers must be positive, and at most {MOST_TOKENS:,}")
     match sorted(fields):
         case ["cv", "mean"]:
             variance = math.log1p(fields["cv"] ** 2)
@@ -195,4 +220,4 @@ def _lognormal(spec: str, rest: str) -> Lognormal:
 
 
 def _bad(spec: str, why: str) -> LoadError:
-    return LoadError(f"{spec!r} is not a length: {why}", _REMEDY)
+    return LoadError(f"{plain(repr(spec))} is not a length: {why}", _REMEDY)

@@ -21,7 +21,9 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loadgen.shown import plain
 from loadgen.types import LoadError, Plan, Prompt, Session, Turn
+from loadgen.workload.lengths import MOST_TOKENS
 from loadgen.workload.lines import read_lines
 
 VERSION = 1
@@ -97,6 +99,8 @@ def _parse(path: Path, number: int, line: str) -> Any:
         return json.loads(line)
     except ValueError as error:
         raise LoadError(f"{path}, line {number}: not JSON ({error})", _REMEDY) from error
+    except RecursionError as error:
+        raise LoadError(f"{path}, line {number}: nested too deeply", _REMEDY) from error
 
 
 def _session(path: Path, number: int, row: Any) -> Session:
@@ -112,22 +116,29 @@ def _session(path: Path, number: int, row: Any) -> Session:
         )
     except KeyError as error:
         cause = f"no field {error}"
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         cause = str(error)
-    raise LoadError(f"{path}, line {number}: {cause}", _REMEDY)
+    raise LoadError(f"{path}, line {number}: {plain(cause, 200)}", _REMEDY)
 
 
 def _turn(row: Any) -> Turn:
     return Turn(
         prompt=_prompt(row["prompt"]),
         num_prompt_tokens=_or_none(row["num_prompt_tokens"]),
-        max_tokens=_of(int, row["max_tokens"]),
+        max_tokens=_max_tokens(row["max_tokens"]),
         think_s=_seconds(row["think_s"]),
     )
 
 
 def _prompt(value: Any) -> Prompt:
     return tuple(_of(int, token) for token in value) if type(value) is list else _of(str, value)
+
+
+def _max_tokens(value: Any) -> int:
+    max_tokens = _of(int, value)
+    if not 1 <= max_tokens <= MOST_TOKENS:
+        raise ValueError(f"max_tokens is {max_tokens}, and not from 1 to {MOST_TOKENS:,}")
+    return max_tokens
 
 
 def _or_none(value: Any) -> int | None:

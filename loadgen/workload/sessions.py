@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loadgen.types import LoadError, Session, Turn
+from loadgen.workload.arrivals import MOST
 from loadgen.workload.lengths import Lengths, fit_context
 from loadgen.workload.tenants import Tenant
 from loadgen.workload.text import Counted
@@ -54,6 +55,10 @@ class Shape:
         Every aspect has its own randomness: a change of one leaves the others as they were.
         """
         counts = self.turns.sample(stream("turns"), num).tolist()
+        if sum(counts) > MOST:
+            raise LoadError(
+                f"the run would hold more than {MOST:,} requests", "ask for fewer turns"
+            )
         num_later = sum(counts) - num
         firsts = self.prompt.sample(stream("prompts"), num).tolist()
         laters = iter(self.next_prompt.sample(stream("next prompts"), num_later).tolist())

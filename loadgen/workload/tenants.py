@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from loadgen.types import LoadError
+from loadgen.workload.arrivals import MOST
 
 _REMEDY = "write NAME:WEIGHT, NAME:WEIGHT:PRIORITY or flood:NAME@START+DURATIONxRATE"
+_MOST = 1e12  # of a weight, and of seconds until a flood
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
-_TENANT = re.compile(rf"([^:@]+):{_NUMBER}(?::(-?\d+))?")
+_TENANT = re.compile(rf"([^:@]+):{_NUMBER}(?::(-?\d{{1,9}}))?")
 _FLOOD = re.compile(rf"flood:([^:@]+)@{_NUMBER}\+{_NUMBER}x{_NUMBER}")
 
 
@@ -55,10 +57,12 @@ def parse_tenants(specs: Sequence[str]) -> tuple[list[Tenant], list[Flood]]:
             raise LoadError(f"{spec!r} is not a tenant", _REMEDY)
     if len({tenant.name for tenant in tenants}) < len(tenants):
         raise LoadError("a tenant is named twice", "give each tenant once, with its weight")
-    if any(tenant.weight <= 0 for tenant in tenants):
+    if any(not 0 < tenant.weight <= _MOST for tenant in tenants):
         raise LoadError("a tenant has no weight", "give a weight above 0, or leave the tenant out")
     if any(flood.rate <= 0 or flood.duration_s <= 0 for flood in floods):
         raise LoadError("a flood sends nothing", "give it a rate and a duration above 0")
+    if any(flood.start_s > _MOST or flood.rate * flood.duration_s > MOST for flood in floods):
+        raise LoadError(f"a flood sends more than {MOST:,} requests, or never", "ask for less")
     return tenants or [Tenant()], floods
 
 

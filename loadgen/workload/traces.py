@@ -21,11 +21,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from loadgen.shown import plain
 from loadgen.types import LoadError
-from loadgen.workload.lengths import fit_context
+from loadgen.workload.lengths import MOST_TOKENS, fit_context
 from loadgen.workload.lines import read_lines
 
 MOONCAKE_BLOCK_TOKENS = 512
+_LEAST_SPEED = 1e-9
+_MOST_CHARS = 64  # of a number in a column
+_TOO_LONG = f"a length of more than {MOST_TOKENS:,} tokens"
 _KNOWN = (
     "give an Azure or BurstGPT CSV with its header, Mooncake JSON lines, or a plan this tool wrote"
 )
@@ -94,8 +98,8 @@ def cut_trace(trace: Trace, part: Slice) -> Trace:
             f"lengths cannot be divided by {part.divisor}",
             f"give a whole number; for a trace with blocks one that divides {trace.block_tokens}",
         )
-    if not part.speed > 0:
-        raise LoadError(f"a trace has no speed {part.speed:g}", "give a number above 0")
+    if not _LEAST_SPEED <= part.speed <= 1 / _LEAST_SPEED:
+        raise LoadError(f"a trace has no speed {part.speed:g}", "give a number above 0, such as 1")
     end_s = math.inf if part.duration_s is None else part.start_s + part.duration_s * part.speed
     chosen = [it for it in trace.requests if part.start_s <= it.at_s < end_s][: part.num_requests]
     if not chosen:
@@ -157,7 +161,7 @@ def _read_csv(
     def parse(line: str) -> TraceRequest:
         cells = next(csv.reader([line]))
         at, num_prompt, num_output = (cells[place] for place in places)
-        return TraceRequest(seconds(at), int(num_prompt), int(num_output))
+        return TraceRequest(seconds(at), _length(num_prompt), _length(num_output))
 
     for line_number, line in lines:
         yield _read(path, line_number, line, parse)
@@ -168,6 +172,8 @@ def _mooncake(line: str) -> TraceRequest:
     num_prompt, block_ids = row["input_length"], tuple(row["hash_ids"])
     if any(type(it) is not int for it in (num_prompt, row["output_length"], *block_ids)):
         raise ValueError("a length or an id is not a whole number")
+    if num_prompt > MOST_TOKENS:
+        raise ValueError(_TOO_LONG)
     if len(block_ids) != math.ceil(num_prompt / MOONCAKE_BLOCK_TOKENS) or min(block_ids) < 0:
         raise ValueError(f"{len(block_ids)} hash_ids do not make {num_prompt} tokens")
     return TraceRequest(row["timestamp"] / 1000, num_prompt, row["output_length"], block_ids)
@@ -178,17 +184,27 @@ def _read(path: Path, number: int, line: str, parse: Callable[[str], TraceReques
         request = parse(line)
         if request.num_prompt_tokens < 1 or request.num_output_tokens < 0:
             raise ValueError("a prompt needs a token, and no length is negative")
+        if max(request.num_prompt_tokens, request.num_output_tokens) > MOST_TOKENS:
+            raise ValueError(_TOO_LONG)
         if not math.isfinite(request.at_s):
             raise ValueError("the time is not finite")
     except KeyError as error:
         cause = f"no field {error}"
     except IndexError:
         cause = "too few columns"
-    except (TypeError, ValueError) as error:
+    except RecursionError:
+        cause = "nested too deeply"
+    except (TypeError, ValueError, OverflowError, csv.Error) as error:
         cause = str(error)
     else:
         return request
-    raise LoadError(f"{path}, line {number}: {cause}", "mend or remove this line")
+    raise LoadError(f"{path}, line {number}: {plain(cause, 200)}", "mend or remove this line")
+
+
+def _length(text: str) -> int:
+    if len(text) > _MOST_CHARS and text.strip().isdecimal():
+        raise ValueError(_TOO_LONG)
+    return int(text)
 
 
 def _date_s(text: str) -> float:

@@ -11,7 +11,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from cyclopts import CoercionError
 
+from loadgen.cli import app
 from loadgen.report.files import read_json
 from tests.loadgen.mocks import LOADGEN, mock_server
 
@@ -132,6 +134,7 @@ def test_tenants_have_the_weights_that_they_were_given(tmp_path: Path):
             "100 requests has no ttft_p99",
         ),
         (["run", "ERRORS"], "all 100 requests failed, the first with http_503"),
+        (["run", "URL", "--timeout", "nan"], "a timeout of nan s"),
         (["compare", "URL", "URL", "--pairs", "3"], "3 pairs of runs"),
         (["compare", "", "", "--serve", "true"], "does not say where its port goes"),
         (["compare", "", "", "--serve", "false {port}"], "did not get ready"),
@@ -146,6 +149,21 @@ def test_a_mistake_is_a_line_of_cause_and_one_of_remedy(words, cause, servers):
     assert cause in lines[0]
     assert len(lines) >= 2
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "--seed", "1.5"],
+        ["run", "--num-sessions", "2.5"],
+        ["run", "--cache-tokens", "1e3"],
+        ["mock", "--error-status", "500.5"],
+    ],
+)
+def test_a_whole_number_is_not_rounded(words):
+    with pytest.raises(CoercionError, match=f"'{words[-1]}' is not a whole number"):
+        app.parse_args(words, exit_on_error=False, print_error=False)
+    app.parse_args([*words[:-1], "500"], exit_on_error=False, print_error=False)
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
+import os
+import socket
 
 import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
+from aiohttp.client_reqrep import ConnectionKey
 
 from loadgen.mock import MockConfig, MockServer
 from loadgen.runner import Progress, play
 from loadgen.target import Message, OpenAITarget, Outgoing, served_model
 from loadgen.types import LoadError, Record, Session, Turn
+
+
+def connector_error(number: int) -> aiohttp.ClientConnectorError:
+    key = ConnectionKey("127.0.0.1", 9, False, True, None, None, None)
+    return aiohttp.ClientConnectorError(key, OSError(number, os.strerror(number)))
 
 
 def with_server(app, talk):
@@ -170,6 +180,104 @@ def test_what_other_servers_say_is_understood():
 )
 def test_answers_that_are_none_are_errors(chunks, error):
     assert with_server(app_that_says(*chunks), sent).error == error
+
+
+@pytest.mark.parametrize(
+    ("chunks", "error", "said"),
+    [
+        ([b"<html>\n\n<p>\x1b[2J\xe2\x80\xaeno</html>"], "bad_answer", "<p> [2J no</html>"),
+        ([b'{"choices": [{"text": "a"}]}'], "bad_answer", '{"choices": [{"text": "a"}]}'),
+        ([b": alive\n\n"], "disconnected", "just ended"),
+        ([], "disconnected", "just ended"),
+        ([event(choices=[{"text": "a"}]), b"<html>"], "disconnected", "just ended"),
+        ([b'data: {"error": ' + b"[" * 2000 + b"]" * 2000 + b"}\n\n"], "bad_answer", "Recursion"),
+        ([event(error="\x1b]0;x\x07 \u202egone")], "stream_error", "gone"),
+    ],
+)
+def test_what_is_no_stream_is_shown_as_it_begins_and_cannot_steer(chunks, error, said):
+    record = with_server(app_that_says(*chunks), sent)
+    assert record.error == error
+    assert said in record.detail
+    assert record.detail.isprintable()
+
+
+def test_numbers_that_cannot_be_are_not_taken_for_facts():
+    counted = {"prompt_tokens": -5, "completion_tokens": 10**30}
+    wild = event(choices=[{"text": "a"}], usage=counted, sent_ns=10**30)
+    record = with_server(app_that_says(wild, b"data: [DONE]\n\n"), sent)
+    assert (record.num_prompt_tokens, record.num_cached_tokens) == (0, None)
+    assert (record.error, record.stamped_at_s) == ("", [])
+    assert float(record.num_output_tokens) == 1 << 40
+
+
+def app_that_fails(body: bytes, content_type: str) -> web.Application:
+    async def answer(_):
+        return web.Response(status=500, body=body, headers={"content-type": content_type})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    return app
+
+
+def test_errors_in_any_bytes_are_read():
+    app = app_that_fails(b"\xff\xfe out of memory \x1b[2J", "text/plain; charset=base64")
+    record = with_server(app, sent)
+    assert record.error == "http_500"
+    assert "out of memory" in record.detail
+    app = app_that_fails(b"\xff\x1b[2J\x07\xe2\x80\xae no", "text/plain; charset=base64")
+    with pytest.raises(LoadError, match="answered 500") as caught:
+        with_server(app, lambda url: served_model(url, ""))
+    assert caught.value.cause.isprintable()
+
+
+def test_no_exception_ends_a_run(monkeypatch):
+    def broken(*_):
+        raise LookupError("surprise")
+
+    async def talk(url):
+        monkeypatch.setattr("loadgen.target._Stream._take", broken)
+        return await sent(url)
+
+    record = with_server(app_that_says(event(choices=[])), talk)
+    assert (record.error, record.detail) == ("bad_answer", "LookupError: surprise")
+
+
+def test_a_prompt_that_is_no_text_is_not_the_servers_failure():
+    record = asyncio.run(sent("http://127.0.0.1:9", prompt="\ud800"))
+    assert record.error == "unsendable"
+    assert "surrogates" in record.detail
+    assert record.end_at_s == record.sent_at_s > 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "said"),
+    [
+        (aiohttp.ConnectionTimeoutError("host"), "connect_timeout", "within 10 s"),
+        (connector_error(errno.EMFILE), "no_descriptors", "Too many open files"),
+        (connector_error(errno.ECONNREFUSED), "refused", "refused"),
+    ],
+)
+def test_what_keeps_from_connecting_has_a_class(monkeypatch, raised, error, said):
+    async def connect(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "connect", connect)
+    record = asyncio.run(sent("http://127.0.0.1:9"))
+    assert record.error == error
+    assert said in record.detail
+
+
+def test_a_full_backlog_is_no_answer_that_took_too_long(monkeypatch):
+    monkeypatch.setattr("loadgen.target.CONNECT_S", 0.2)
+    with socket.socket() as deaf, contextlib.ExitStack() as others:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(3):
+            other = others.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(deaf.getsockname())
+        record = asyncio.run(sent(f"http://127.0.0.1:{deaf.getsockname()[1]}", timeout_s=5))
+    assert (record.error, record.detail) == ("connect_timeout", "no connection within 0.2 s")
 
 
 def test_nobody_there_and_nothing_like_it():

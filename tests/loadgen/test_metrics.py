@@ -70,6 +70,16 @@ def test_throughput_is_of_what_succeeded_over_the_whole_run():
     assert done.tokens_per_event == 2.0
 
 
+@pytest.mark.parametrize(
+    ("cached", "num_cached", "hit_rate"),
+    [((None, None), None, None), ((None, 4), 4, 0.25), ((0, 0), 0, 0.0), ((None, 0), 0, 0.0)],
+)
+def test_what_no_answer_tells_of_the_cache_is_unknown(cached, num_cached, hit_rate):
+    records = [answer(0.0, 0.0, [0.1], 0.2, cached=it) for it in cached]
+    done = summarize(run_of(*records)).throughput
+    assert (done.num_cached_tokens, done.hit_rate) == (num_cached, hit_rate)
+
+
 def test_goodput_needs_every_objective_and_success():
     slo = Slo.parse(["ttft:500", "itl:300"])
     good = answer(0.0, 0.0, [0.5, 0.75], 0.75)

@@ -100,6 +100,8 @@ def test_numbers_have_three_figures(value, shown):
 def test_a_sparkline_runs_from_nothing_to_the_most():
     assert sparkline(series.np.array([0.0, 1.0, 8.0])) == "▁▂█"
     assert sparkline(series.np.zeros(3)) == ""
+    assert sparkline(series.np.array([-4.0, 1.0, -1.0])) == "▁█▁"
+    assert sparkline(series.np.array([-4.0, 0.0])) == ""
 
 
 microseconds = st.integers(0, 10**10).map(lambda us: us / 1e6)
@@ -115,7 +117,7 @@ records = st.builds(
     received_at_s=st.lists(microseconds, max_size=5).map(sorted),
     stamped_at_s=st.lists(microseconds, max_size=3),
     num_prompt_tokens=st.integers(0, 99),
-    num_cached_tokens=st.integers(0, 9),
+    num_cached_tokens=st.none() | st.integers(0, 9),
     num_output_tokens=st.integers(0, 9),
     finish_reason=texts,
     text=texts,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from loadgen.mock import Clock, MockConfig
+from loadgen.progress import describe
 from loadgen.runner import Progress, play
 from loadgen.target import Message, check
 from loadgen.types import LoadError, Session, Turn
@@ -77,6 +78,34 @@ def test_a_frozen_server_shows_in_the_open_loop_as_theory_says():
     # whose latencies fall evenly from 2.05 s.
     assert np.percentile(measured, 89.7) == pytest.approx(ttft_s, abs=1e-6)
     assert np.percentile(measured, 99) == pytest.approx(freeze_s + ttft_s - 0.15, abs=0.011)
+
+
+def test_a_loop_that_is_late_counts_from_when_the_plan_meant():
+    async def main():
+        loop, progress = asyncio.get_running_loop(), Progress(7)
+        loop.call_later(2.5, loop.block, 3.0)
+        target = FrozenTarget(MockConfig(ttft_ms=50))
+        await play(singles(range(7)), target, asyncio.Event(), progress, None)
+        return progress
+
+    progress = run_virtually(main())
+    assert [record.intended_at_s for record in progress.records] == [0, 1, 2, 3, 4, 5, 6]
+    assert progress.lags_s == pytest.approx([0, 0, 0, 2.5, 1.5, 0.5, 0], abs=1e-6)
+    ttfts_s = [record.ttft_s for record in progress.records]
+    assert ttfts_s == pytest.approx([0.05, 0.05, 0.05, 2.55, 1.55, 0.55, 0.05], abs=1e-6)
+
+
+def test_the_live_line_counts_as_requests_end_and_reads_no_record():
+    async def main():
+        stop, progress = asyncio.Event(), Progress(300)
+        target = FrozenTarget(MockConfig(ttft_ms=500), fails=(3, 7))
+        await play(singles(np.arange(300)), target, stop, progress, None)
+        progress.records = None
+        return progress, describe(progress)
+
+    progress, line = run_virtually(main())
+    assert line.endswith("300 of 300 begun, 0 in flight, recent TTFT 500 ms, 2 http_500")
+    assert len(progress.recent_ttfts_s) == 100
 
 
 def test_the_closed_loop_holds_its_concurrency_and_hides_the_freeze():

@@ -76,6 +76,11 @@ def test_times_are_scaled_from_their_first():
         ("poisson", {"rate": 1.0, "duration_s": 0.0}, "no request"),
         ("poisson", {"rate": 1.0}, "never end"),
         ("poisson", {"rate": math.inf, "duration_s": 5.0}, "never end"),
+        ("poisson", {"rate": 1e-310, "num": 2}, "rate 1e-310"),
+        ("gamma", {"rate": 1.0, "cv": 1e-200, "num": 2}, "cv 1e-200"),
+        ("gamma", {"rate": 1.0, "cv": 1e200, "num": 2}, "cv 1e+200"),
+        ("poisson", {"rate": 1e300, "duration_s": 5.0}, "more than 10,000,000 requests"),
+        ("poisson", {"rate": 1.0, "num": 10**12}, "more than 10,000,000 requests"),
     ],
 )
 def test_mistakes_are_named(name, bounds, cause):

@@ -248,6 +248,11 @@ def test_token_ids_without_a_tokenizer(spec):
         ({"token_ids": True, "tokenizer": None}, "need a vocabulary"),
         ({"tokenizer": "/nowhere"}, "no tokenizer at /nowhere"),
         ({"cache_tokens": 0}, "a cache of 0 tokens"),
+        ({"prefix_tokens": 10**12}, "shared prefixes are more than 10,000,000 tokens"),
+        ({"num_prefixes": 10**12}, "shared prefixes are more than 10,000,000 tokens"),
+        ({"turns": "10000000"}, "more than 10,000,000 requests"),
+        ({"output_tokens": "99999999999999999999999"}, "at most 10,000,000"),
+        ({"token_ids": True, "tokenizer": None, "vocab_size": 10**30}, "need a vocabulary"),
     ],
 )
 def test_mistakes_are_named(spec, changes, cause):

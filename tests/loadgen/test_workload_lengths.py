@@ -106,6 +106,12 @@ def test_lengths_from_files(tmp_path):
         ("lognormal:200,cv=1,max=0", "positive"),
         ("lognormal:p50=9,p99=3", "p50 below p99"),
         ("file:/nowhere/at/all", "No such file"),
+        ("99999999999999999999999", "at most 10,000,000"),
+        ("9" * 5000, "at most 10,000,000"),
+        ("uniform:1-99999999999999999999", "at most 10,000,000"),
+        ("lognormal:200,cv=1e300", "at most 10,000,000"),
+        ("lognormal:1e300,cv=1", "at most 10,000,000"),
+        ("lognormal:p50=1e-320,p99=5", "positive"),
     ],
 )
 def test_bad_specs_are_named(spec, cause):
@@ -125,13 +131,19 @@ def test_bad_specs_are_named(spec, cause):
         ("a,b\n1,2\n3\n", "b", "line 3: ''"),
         ("a,b\n1,2\n", "c", "no column 'c'"),
         ("", "c", "no column 'c'"),
+        ("5\n99999999999\n", None, "line 2: '99999999999'"),
+        ("5\n" + "9" * 5000 + "\n", None, "line 2: '9999"),
+        ("5\n5\r6\n", None, "line 2: new-line character"),
+        ("5\n" + "x" * 140_000 + "\n", None, "line 2: field larger than"),
+        ("a\rb\n5\n", "b", "line 1: new-line character"),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path, content, column, cause):
     path = tmp_path / "lengths.csv"
-    path.write_text(content)
+    path.write_text(content, newline="")
     with pytest.raises(LoadError) as caught:
         read_lengths(path, column)
+    assert len(caught.value.cause) < len(str(path)) + 300
     assert cause in caught.value.cause
     assert str(path) in caught.value.cause
 

@@ -62,6 +62,10 @@ def test_the_file_is_as_documented(tmp_path):
     }
 
 
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
 def lines(edit=None, header=None):
     """The rows of a good file of one session, after an edit of the session."""
     turn = {"prompt": "a", "num_prompt_tokens": None, "max_tokens": 1, "think_s": 0}
@@ -89,6 +93,10 @@ def lines(edit=None, header=None):
         (lines(lambda _, turn: turn.update(prompt=[1, "a"])), "'a' should be of type int"),
         (lines(lambda _, turn: turn.update(max_tokens=1.5)), "1.5 should be of type int"),
         (lines(lambda _, turn: turn.pop("think_s")), "no field 'think_s'"),
+        (lines(lambda _, turn: turn.update(max_tokens=-3)), "max_tokens is -3"),
+        (lines(lambda _, turn: turn.update(max_tokens=10**9)), "max_tokens is 1000000000"),
+        (lines(lambda _, turn: turn.update(think_s=10**400)), "line 2: "),
+        (lines(lambda _, turn: turn.update(prompt=nested(900))), "line 2: "),
     ],
 )
 def test_what_is_no_plan_is_refused_with_its_line(tmp_path, rows, cause):
@@ -98,6 +106,13 @@ def test_what_is_no_plan_is_refused_with_its_line(tmp_path, rows, cause):
         read_plan(path)
     assert cause in caught.value.cause
     assert str(path) in caught.value.cause
+
+
+def test_a_line_nested_too_deeply_is_refused(tmp_path):
+    path = tmp_path / "plan.jsonl"
+    path.write_text('{"loadgen_plan": 1, "num_sessions": 1}\n' + "[" * 5000 + "]" * 5000)
+    with pytest.raises(LoadError, match="line 2: nested too deeply"):
+        read_plan(path)
 
 
 def test_a_file_cut_short_is_refused(tmp_path):

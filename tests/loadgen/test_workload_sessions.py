@@ -118,6 +118,10 @@ def test_tenants_and_floods_are_read():
         (["gold:0"], "no weight"),
         (["flood:gold@1+0x5"], "sends nothing"),
         (["flood:gold@1+5x0"], "sends nothing"),
+        ([f"flood:gold@1+5x{10**400}"], "more than 10,000,000 requests"),
+        ([f"flood:gold@{10**400}+5x1"], "or never"),
+        ([f"gold:{10**400}"], "no weight"),
+        (["gold:1:99999999999"], "is not a tenant"),
     ],
 )
 def test_bad_tenants_are_named(specs, cause):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 
 import pytest
 
@@ -136,6 +137,15 @@ def test_without_blocks_a_prompt_is_shortened_to_the_token(trace_of):
         (json.dumps(MOONCAKE[0] | {"hash_ids": [0]}), "line 1: 1 hash_ids do not make 1100 tokens"),
         (json.dumps(MOONCAKE[0] | {"hash_ids": ["a", "b", "c"]}), "not a whole number"),
         (json.dumps(MOONCAKE[0] | {"timestamp": "soon"}), "line 1: unsupported operand"),
+        (json.dumps(MOONCAKE[0] | {"timestamp": 10**400}), "line 1: integer division result"),
+        (json.dumps(MOONCAKE[0] | {"input_length": 10**22}), "more than 10,000,000 tokens"),
+        (json.dumps(MOONCAKE[0] | {"output_length": 10**22}), "more than 10,000,000 tokens"),
+        ('{"a":' + "[" * 5000 + "]" * 5000 + "}", "line 1: nested too deeply"),
+        (BURSTGPT + f"5,GPT-4,{10**22},1,5,x\n", "line 5: a length of more than"),
+        (BURSTGPT + f"5,GPT-4,{10**400},1,5,x\n", "line 5: a length of more than"),
+        (BURSTGPT + f"{10**400},GPT-4,1,1,5,x\n", "line 5: the time is not finite"),
+        (BURSTGPT + "5,GPT\r-4,1,1,5,x\n", "line 5: new-line character"),
+        (BURSTGPT + "5,GPT-4" + "x" * 140_000 + ",1,1,5,x\n", "line 5: field larger than"),
     ],
 )
 def test_wrong_files_are_named_with_the_line(trace_of, content, cause):
@@ -166,6 +176,8 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         (Slice(divisor=0), "divided by 0"),
         (Slice(divisor=3), "divided by 3"),
         (Slice(speed=0.0), "no speed 0"),
+        (Slice(speed=1e-320), "no speed 9.99"),
+        (Slice(speed=math.inf), "no speed inf"),
     ],
 )
 def test_slices_that_cannot_be_are_named(mooncake, part, cause):

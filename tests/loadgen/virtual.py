@@ -28,6 +28,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.waited_s
 
+    def block(self, duration_s: float) -> None:
+        """Let time pass in which the loop does nothing else, as in a callback that is slow."""
+        self._jumping.waited_s += duration_s
+
 
 def run_virtually(main: Coroutine[Any, Any, Any]) -> Any:
     """Run to the end. Nothing in it may wait for anything but timers and itself."""
