@@ -2,11 +2,14 @@
 
     python -m tests.bench.compare_errors [--num 50] [--slowdown 5] [--seed 0]
 
-Comparisons of two mock servers, as a user runs them: 12 pairs of runs, the interval of the primary
-measure (median TTFT) at 95 %. Half are between servers of the same latencies, half between one and
-another that is some percent slower, in turn; chance says whether A or B is the slower one. Wrong
-are a difference shown between equals (5 in 100 are expected), and a slower server for which none,
-or the wrong direction, is shown.
+Comparisons of mock servers, as a user runs them: 12 pairs of runs, the interval of the primary
+measure (median TTFT) at 95 %. Half are of a server with itself, half of it with another that is
+some percent slower, in turn; chance says whether A or B is the slower one. Wrong are a difference
+shown between equals (5 in 100 are expected), and a slower server for which none, or the wrong
+direction, is shown.
+
+Two processes with the same settings are not equal enough: where the machine is quiet, a comparison
+shows that one is 0.1 % slower than the other, and it is.
 """
 
 from __future__ import annotations
@@ -51,18 +54,15 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     factor = 1.0 + args.slowdown / 100.0
-    speeds = [
-        ("--ttft-ms", TTFT_MS * times, "--itl-ms", ITL_MS * times) for times in (1, 1, factor)
-    ]
+    speeds = [("--ttft-ms", TTFT_MS * times, "--itl-ms", ITL_MS * times) for times in (1, factor)]
     wrong, wrong_others, longest_s = {"equal": 0, "slower": 0}, 0, 0.0
     with (
         tempfile.TemporaryDirectory() as folder,
         mock_server(*speeds[0]) as (_, url),
-        mock_server(*speeds[1]) as (_, twin),
-        mock_server(*speeds[2]) as (_, slower),
+        mock_server(*speeds[1]) as (_, slower),
     ):
         for number in range(2 * args.num):
-            kind, other = (("equal", twin), ("slower", slower))[number % 2]
+            kind, other = (("equal", url), ("slower", slower))[number % 2]
             is_swapped = rng.random() < 0.5
             a, b = (other, url) if is_swapped else (url, other)
             start_s = time.monotonic()
