@@ -52,7 +52,9 @@ def load(url: str, *flags: object) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         words = [*LOADGEN, "run", url, *map(str, flags), "--json", str(file)]
-        subprocess.run(words, check=True)
+        status = subprocess.run(words, check=False).returncode
+        if status:
+            sys.exit(status)
         run = read_json(file)
     failed = [record.error for record in run.records if not record.ok]
     if failed or run.num_unsent:
@@ -142,7 +144,8 @@ def recording_proxy(url: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
             async def post(request: web.Request) -> web.StreamResponse:
                 body = await request.read()
-                async with client.post(url + request.path, data=body) as answer:
+                headers = {"content-type": request.content_type}
+                async with client.post(url + request.path, data=body, headers=headers) as answer:
                     response = web.StreamResponse(status=answer.status)
                     await response.prepare(request)
                     seen = b""
