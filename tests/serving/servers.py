@@ -30,7 +30,9 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def running_server(*args: str, env: dict[str, str] | None = None) -> Iterator[RunningServer]:
+def running_server(
+    *args: str, env: dict[str, str] | None = None, start_new_session: bool = False
+) -> Iterator[RunningServer]:
     """Start `hocket serve ARGS` on a free port; yields when the ready block has been printed."""
     command = [sys.executable, "-c", "from serving.cli import main; main()", "serve", "--port", "0"]
     with subprocess.Popen(
@@ -40,6 +42,7 @@ def running_server(*args: str, env: dict[str, str] | None = None) -> Iterator[Ru
         text=True,
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+        start_new_session=start_new_session,
     ) as process:
         try:
             block, started = "", None
