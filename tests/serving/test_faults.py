@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.servers import running_server
+from serving.progress import NoProgress
+from serving.store.local import resolve
+from tests.serving.servers import children_of, running_server
 from tests.serving.test_http import LONG, call, connect, metric
 from tests.serving.test_process import is_gone, until
 from tests.tiny_gguf import write_tiny_gguf
@@ -21,8 +23,8 @@ NUM_CLIENTS = 4  # of each kind
 
 def child_of(pid):
     """The process of the model: the server's only child."""
-    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(child)
+    (child,) = children_of(pid)
+    return child
 
 
 @contextmanager
@@ -132,13 +134,11 @@ def test_each_incarnation_keeps_a_decision_log_of_its_own(tmp_path):
         assert Path(f"{log}.2").read_bytes()
 
 
-def test_only_the_process_of_the_model_loads_torch(tmp_path):
+def test_only_the_process_of_the_model_loads_torch(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_tiny_gguf(tmp_path / "Tiny.gguf")
-    with running_server(
-        str(tmp_path / "Tiny.gguf"), env={"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    ) as server:
-        pid = server.process.pid
-        has_torch = [
-            "libtorch" in Path(f"/proc/{p}/maps").read_text() for p in (pid, child_of(pid))
-        ]
+    model = resolve(str(tmp_path / "Tiny.gguf"), NoProgress()).path  # a conversion needs torch
+    with running_server(str(model)) as server:
+        pids = server.process.pid, child_of(server.process.pid)
+        has_torch = ["libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in pids]
         assert has_torch == [False, True]
