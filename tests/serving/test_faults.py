@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from serving.progress import NoProgress
+from serving.replay import report
 from serving.store.local import resolve
 from tests.serving.servers import children_of, running_server
 from tests.serving.test_http import LONG, call, connect, metric
@@ -124,14 +125,18 @@ def test_the_second_signal_ends_everything_at_once():
         connection.close()
 
 
-def test_each_incarnation_keeps_a_decision_log_of_its_own(tmp_path):
+def test_each_incarnation_keeps_a_decision_log_of_its_own(tmp_path, capsys):
     log = tmp_path / "decisions.jsonl"
     with running_server("--fake", "--decision-log", str(log)) as server:
+        call(server, "POST", "/v1/completions", LONG | {"max_tokens": 3})
         os.kill(child_of(server.process.pid), signal.SIGKILL)
         until(lambda: status(server, "/ready") == 503)
         until(lambda: status(server, "/ready") == 200)
-        assert log.read_bytes()
-        assert Path(f"{log}.2").read_bytes()
+        call(server, "POST", "/v1/completions", LONG | {"max_tokens": 3})
+        server.terminate()
+    for path in (log, Path(f"{log}.2")):
+        assert report(path), "it replays"
+    assert "0 decisions, 0 differences\n" not in capsys.readouterr().out.splitlines(keepends=True)
 
 
 def test_only_the_process_of_the_model_loads_torch(tmp_path, monkeypatch):

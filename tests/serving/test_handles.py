@@ -108,14 +108,6 @@ def test_it_serves_the_tokens_of_running_alone_and_reports_in_order(make_handle)
     served(make_handle, scenario)
 
 
-def test_it_tells_what_its_start_took(make_handle):
-    async def scenario(instance):
-        if isinstance(instance.handle, ProcessHandle):
-            assert instance.ready.startup_s.keys() == {"weights"}
-
-    served(make_handle, scenario)
-
-
 def test_an_aborted_request_ends_once(make_handle):
     async def scenario(instance):
         instance.submit(make_spec("a", max_tokens=200))

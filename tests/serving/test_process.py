@@ -151,8 +151,8 @@ def test_the_progress_of_the_start_is_told():
             self.told.append(done)
 
     async def run(progress):
-        async with Served(make_handle(progress=progress)):
-            pass
+        async with Served(make_handle(progress=progress)) as instance:
+            assert instance.ready.startup_s.keys() == {"weights"}
 
     progress = Noted()
     asyncio.run(run(progress))
