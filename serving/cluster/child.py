@@ -69,14 +69,15 @@ class Child:
         """Whether it is gone; if so, nothing of it is left in the process table."""
         return self._process.poll() is not None
 
-    def how_it_ended(self) -> str:
-        """Return in words how it ended: a signal by name, or its exit status."""
+    def how_it_ended(self, last_words: str) -> str:
+        """Return it in words: a signal by name, or the exit status and what it printed last."""
         code = self._process.poll()
         if code is None:
             return "it does not end, although it was killed"
-        if code < 0:
+        if code < 0:  # what it may have printed is a dump of many lines
             return f"killed by {_signal_name(-code)}"
-        return f"it exited with status {code}"
+        how = f"it exited with status {code}"
+        return f"{how}; it last said: {last_words}" if last_words else how
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; to one that has ended, nothing."""

@@ -201,7 +201,7 @@ class ProcessHandle:
             self._child.signal(_DUMP_SIGNAL)
             await asyncio.sleep(_DUMP_S)
         await self._take_down(end.grace_s)
-        cause = _one_line(end.cause or self._how_it_ended())
+        cause = _one_line(end.cause or self._child.how_it_ended(self._output.last_line))
         if self._started.cancelled():  # nobody waits for it any more
             return
         if self._started.done():
@@ -216,11 +216,6 @@ class ProcessHandle:
                     "if memory ran out lower --kv-memory, else see above what it printed",
                 )
             )
-
-    def _how_it_ended(self) -> str:
-        assert self._child is not None
-        how, last_words = self._child.how_it_ended(), self._output.last_line
-        return f"{how}; it last said: {last_words}" if last_words else how
 
     async def _take_down(self, grace_s: float) -> None:
         """Return when the process is gone and what it printed was read; close what was ours."""
