@@ -125,7 +125,7 @@ class ProcessHandle:
             self._end(_End(f"it left {num_unread_bytes:,} bytes of commands unread"))
 
     async def stop(self) -> None:
-        if self._started is None:  # it never began
+        if self._started is None or self._child is None:  # it never began
             return
         if self._ending is None:
             is_serving = self._commands is not None

@@ -78,8 +78,11 @@ class Supervisor:
             start_s = self._clock()
             try:
                 handle, _ = await self._start()
-            except UserError as error:
-                log.error("instance %s: %s; %s", handle.instance_id, error.cause, error.remedy)
+            except Exception as error:  # noqa: BLE001 (whatever it was, it may pass)
+                what = f"{type(error).__name__}: {error}"
+                if isinstance(error, UserError):
+                    what = f"{error.cause}; {error.remedy}"
+                log.error("instance %s does not start: %s", handle.instance_id, what)
                 continue
             seconds = self._clock() - start_s
             log.warning("instance %s is up again, started in %.2f s", handle.instance_id, seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -122,6 +123,18 @@ def test_a_start_that_says_nothing_has_a_limit_of_its_own():
         with pytest.raises(UserError, match=r"said nothing for 0.4 s"):
             await handle.start(lambda _: None)
         assert is_gone(handle.pid)
+
+    asyncio.run(run())
+
+
+def test_a_machine_that_has_no_process_left_is_the_users(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+
+    async def run():
+        handle = make_handle()
+        with pytest.raises(UserError, match="cannot be started: No such file"):
+            await handle.start(lambda _: None)
+        await handle.stop()
 
     asyncio.run(run())
 
