@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: serve test check fmt bench exact invariant fuzz replay mutants clean
+.PHONY: serve test check fmt bench exact invariant fuzz replay faults mutants clean
 
 serve: $(VENV)/serve.stamp ## serve SmolLM2-135M-Instruct on http://127.0.0.1:8000 (ARGS="..." adds flags)
 	@$(BIN)/hocket serve $(ARGS)
@@ -41,6 +41,9 @@ fuzz: $(VENV)/dev.stamp ## check the law on many random schedules (ARGS="--num 1
 
 replay: $(VENV)/dev.stamp ## ten minutes of mixed load with a decision log, and the log replayed
 	$(BIN)/python -m tests.bench.replay $(ARGS)
+
+faults: $(VENV)/dev.stamp ## kill and freeze the process of the model under load, 50 times (3 minutes)
+	$(BIN)/python -m tests.bench.instance_faults $(ARGS)
 
 mutants: $(VENV)/dev.stamp ## plant known bugs in copies of the tree, and see that the tests find each (minutes)
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -49,6 +49,9 @@ class ServeFlags:
         Threads to compute with; by default one for each core this process may use.
     drain_timeout
         Seconds that running requests get to end after SIGTERM or Ctrl-C.
+    watchdog_timeout
+        Seconds that an instance with requests may take for a step; then it is ended and started
+        again, and its requests fail.
     fake
         Serve the checksum executor instead of a model: no torch, step times from a cost table.
     decision_log
@@ -75,6 +78,7 @@ class ServeFlags:
     kv_memory: str | None = None
     threads: int | None = None
     drain_timeout: float = 30.0
+    watchdog_timeout: float = 30.0
     fake: bool = False
     decision_log: Path | None = None
     debug_endpoints: bool = False
@@ -89,6 +93,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     drain_timeout_s: float = 30.0
+    watchdog_timeout_s: float = 30.0
     max_body_bytes: int = 1 << 20
     max_num_choices: int = 8  # n
     max_num_prompts: int = 64  # prompts in one completion request

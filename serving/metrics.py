@@ -72,7 +72,12 @@ class Metrics:
         return generate_latest(self._registry)
 
     def instance_up(self, instance_id: InstanceId, *, up: bool) -> None:
-        self._up.labels(self._model_name, instance_id).set(int(up))
+        labels = (self._model_name, instance_id)
+        self._up.labels(*labels).set(int(up))
+        if not up:  # what comes after it counts from 0 again, and runs nothing yet
+            self._views.pop(instance_id, None)
+            for gauge in (self._running, self._waiting, self._kv_usage, self._kv_idle):
+                gauge.labels(*labels).set(0)
 
     def step(self, instance_id: InstanceId, view: InstanceView, step_s: float) -> None:
         labels = (self._model_name, instance_id)

@@ -11,13 +11,15 @@ from serving.config import ServeConfig
 
 TYPICAL_TOKENS = 512  # prompt and answer of a short chat turn
 
-# What a start spends its time on, in order, with the words to show.
+# What a start spends its time on, with the words to show: first the process of the model, then, at
+# the same time, the one that serves HTTP.
 PHASES = {
     "import": "import",
-    "model": "model",
     "weights": "weights",
     "kv": "KV",
     "warm_up": "warm-up",
+    "model": "model",
+    "server": "server",
 }
 
 

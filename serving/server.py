@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 
 import uvicorn
 
-from engine.build import CannotStart, StartupTimes, build_engine
-from engine.models.errors import ModelFormatError
+from engine.config import EngineConfig
+from engine.startup import Progress
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import InstanceId
 from serving.api.app import create_app
 from serving.api.service import Service
+from serving.cluster.child import Child
 from serving.cluster.driver import ClusterDriver
-from serving.cluster.inproc import InProcessHandle
+from serving.cluster.handle import InstanceHandle
+from serving.cluster.process import ProcessHandle
+from serving.cluster.supervisor import Supervisor
 from serving.config import ServeConfig
-from serving.errors import UserError
 from serving.metrics import Metrics
 from serving.text.chat import ChatTemplate
 from serving.text.tokenizer import TextCodec, fake_codec, load_codec
@@ -56,10 +60,11 @@ class _HttpServer(uvicorn.Server):
 async def serve(
     config: ServeConfig,
     listener: socket.socket,
-    times: StartupTimes,
+    child: Child,
+    progress: Progress,
     on_ready: Callable[[Service], None],
 ) -> bool:
-    """Serve until a signal. True if every accepted request ended by itself.
+    """Serve until a signal, by `child` while it lives. True if all that was accepted ended well.
 
     Raises UserError when the model cannot be served.
     """
@@ -68,23 +73,31 @@ async def serve(
     driver = ClusterDriver(
         ClusterScheduler(), codec, metrics, max_requests_per_instance=config.max_requests
     )
-    build = partial(build_engine, config.engine, times)
+
+    def make_handle(incarnation: int) -> InstanceHandle:
+        is_first = incarnation == 1
+        return ProcessHandle(
+            InstanceId("instance-0"),
+            config.engine if is_first else _with_new_log(config.engine),
+            watchdog_timeout_s=config.watchdog_timeout_s,
+            child=child if is_first else None,
+            progress=progress if is_first else None,
+        )
+
+    supervisor = Supervisor(driver, make_handle)
     try:
-        ready = await driver.start(InProcessHandle(InstanceId("instance-0"), build))
-    except (ModelFormatError, CannotStart) as error:
-        raise UserError(error.cause, error.remedy) from error
-    service = Service(
-        config=config,
-        ready=ready,
-        codec=codec,
-        template=ChatTemplate(codec.template, codec.special_tokens) if codec.template else None,
-        driver=driver,
-        metrics=metrics,
-        started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
-    )
-    try:
+        service = Service(
+            config=config,
+            ready=await supervisor.start(),
+            codec=codec,
+            template=ChatTemplate(codec.template, codec.special_tokens) if codec.template else None,
+            driver=driver,
+            metrics=metrics,
+            started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
+        )
         return await _serve_http(service, listener, on_ready)
     finally:
+        await supervisor.stop()
         await driver.stop()
 
 
@@ -122,6 +135,15 @@ async def _serve_http(
     )
     await server.serve(sockets=[listener])
     return drained is not None and drained.done() and drained.result()
+
+
+def _with_new_log(config: EngineConfig) -> EngineConfig:
+    """Return the settings of a later incarnation: the log of the one that was lost is kept."""
+    path = config.decision_log
+    if path is None:
+        return config
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return replace(config, decision_log=next(name for name in names if not name.exists()))
 
 
 def _codec(config: ServeConfig) -> TextCodec:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from pathlib import Path
 
-from engine.build import StartupTimes
 from engine.config import EngineConfig
+from engine.startup import StartupTimes
+from serving.cluster.child import Child
 from serving.config import ServeConfig, ServeFlags, parse_bytes
 from serving.errors import UserError
+from serving.listener import bind, is_loopback
 from serving.progress import TerminalProgress
 
 FAKE_MODEL_NAME = "fake"
@@ -23,36 +26,35 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     for what the user can mend.
     """
     check_flags(flags)
-    with TerminalProgress() as progress:
+    # The process of the model has the longer way to go: it sets out first, and imports what it
+    # needs while this one looks for the model and imports what serves HTTP.
+    with Child() as child, TerminalProgress() as progress:
         times = StartupTimes(progress)
-        with times.phase("import", "importing"):
-            from serving.api.service import Service
-            from serving.listener import bind
-            from serving.server import serve
-
         listener = bind(flags.host, flags.port)
         name, folder = FAKE_MODEL_NAME, None
         if not flags.fake:
             with times.phase("model", "finding the model"):
                 name, folder = _find_model(model, progress)
         config = make_config(flags, name, folder, port=listener.getsockname()[1])
+        child.begin(config.engine)
+        with times.phase("server", "importing"):
+            from serving.api.service import Service
+            from serving.ready import ready_block
+            from serving.server import serve
 
         def on_ready(service: Service) -> None:
-            from serving.ready import ready_block
-
-            times.seconds["total"] = time.perf_counter() - started_at_s
+            seconds = service.ready.startup_s | times.seconds
+            seconds["total"] = time.perf_counter() - started_at_s
             progress.close()
-            print(ready_block(config, service.ready, times.seconds), flush=True)  # noqa: T201
+            print(ready_block(config, service.ready, seconds), flush=True)  # noqa: T201
 
-        clean = asyncio.run(serve(config, listener, times, on_ready))
+        clean = asyncio.run(serve(config, listener, child, progress, on_ready))
     if not clean:
         sys.exit(1)
 
 
 def check_flags(flags: ServeFlags) -> None:
     """Raise UserError for values that cannot work, before anything slow happens."""
-    from serving.listener import is_loopback
-
     if not is_loopback(flags.host) and not flags.insecure:
         raise UserError(
             f"{flags.host} is not a loopback address, and requests carry no key yet",
@@ -72,6 +74,11 @@ def check_flags(flags: ServeFlags) -> None:
         value = getattr(flags, name)
         if not value >= 0:  # so that NaN is refused too
             raise UserError(f"{_flag(name)} {value} makes no sense", "it must be 0 or more")
+    if not 0 < flags.watchdog_timeout < math.inf:
+        raise UserError(
+            f"--watchdog-timeout {flags.watchdog_timeout} makes no sense",
+            "give the seconds that the longest step may take, and some more",
+        )
     if flags.served_model_name == "":
         raise UserError("--served-model-name is empty", "give a name, or leave it out")
     if not 0 <= flags.port <= 65535:
@@ -105,6 +112,7 @@ def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int)
         host=flags.host,
         port=port,
         drain_timeout_s=flags.drain_timeout,
+        watchdog_timeout_s=flags.watchdog_timeout,
         debug_endpoints=flags.debug_endpoints,
     )
 

@@ -72,7 +72,8 @@ class ClusterDriver:
         self._metrics = metrics
         self._max_requests = max_requests_per_instance
         self._clock = clock
-        self._handles: dict[InstanceId, InstanceHandle] = {}
+        self._handles: dict[InstanceId, InstanceHandle] = {}  # the last incarnation of each
+        self._lost: dict[InstanceId, asyncio.Future[str]] = {}  # done, with the cause, when it is
         self._streams = StreamTable()
         self._inspections = Inspections()
         self._arrived_at_s: dict[RequestId, float] = {}
@@ -87,17 +88,26 @@ class ClusterDriver:
 
     @property
     def alive(self) -> bool:
-        """Whether an instance is up."""
+        """Whether an instance is up: also when it drains or is full, which is no illness."""
         return self._scheduler.num_instances > 0
 
     async def start(self, handle: InstanceHandle) -> Ready:
-        """Bring an instance up and give it work from now on."""
+        """Bring an instance up and give it work from now on. Raises UserError if it cannot start.
+
+        If it is a new incarnation, what the old one may still say is dropped.
+        """
         instance_id = handle.instance_id
-        ready = await handle.start(partial(self._on_report, instance_id))
+        lost = self._lost[instance_id] = asyncio.get_running_loop().create_future()
         self._handles[instance_id] = handle
-        self._metrics.instance_up(instance_id, up=True)
-        self._handle(InstanceUp(instance_id, self._max_requests))
+        ready = await handle.start(partial(self._on_report, handle))
+        if not lost.done():  # else it was lost at once, and that is told to who waits for it
+            self._metrics.instance_up(instance_id, up=True)
+            self._handle(InstanceUp(instance_id, self._max_requests))
         return ready
+
+    async def until_lost(self, handle: InstanceHandle) -> str:
+        """Wait for the end of the instance; return the cause."""
+        return await asyncio.shield(self._lost[handle.instance_id])
 
     def submit(self, specs: Sequence[RequestSpec], stops: Sequence[str]) -> StreamGroup:
         """Run the requests; all of them, or none. Raises RequestError when one is refused."""
@@ -153,8 +163,7 @@ class ClusterDriver:
         }
 
     async def stop(self) -> None:
-        for handle in self._handles.values():
-            await handle.stop()
+        await asyncio.gather(*(handle.stop() for handle in self._handles.values()))
 
     # --- events to actions ---
 
@@ -188,12 +197,17 @@ class ClusterDriver:
 
     # --- reports from instances ---
 
-    def _on_report(self, instance_id: InstanceId, report: Report) -> None:
+    def _on_report(self, handle: InstanceHandle, report: Report) -> None:
+        instance_id = handle.instance_id
+        if self._handles.get(instance_id) is not handle:
+            return
         match report:
             case StepEvents():
                 self._on_step(instance_id, report)
-            case Failed(cause):
+            case Failed(cause, trace):
                 log.error("instance %s failed: %s", instance_id, cause)
+                log.debug("instance %s was here:\n%s", instance_id, trace)
+                self._lost[instance_id].set_result(cause)
                 self._metrics.instance_up(instance_id, up=False)
                 self._inspections.lost(instance_id)
                 self._handle(InstanceDown(instance_id))

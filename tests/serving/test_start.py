@@ -127,7 +127,7 @@ def test_a_port_in_use_is_one_cause_and_one_remedy():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--fake", "--max-model-len", "1000000000000"], "not enough memory"),
+        (["--fake", "--kv-memory", "100TiB"], "not enough memory"),
         (["{model}", "--kv-memory", "100TiB"], "not enough memory"),
         (["{model}", "--kv-memory", "1"], "holds no block"),
         (["{model}", "--device", "tpu"], "--device tpu is not supported"),
