@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -20,10 +21,12 @@ from serving.api.service import Service
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.inproc import InProcessHandle
 from serving.config import ServeConfig
-from serving.errors import UserError
+from serving.errors import RequestError, UserError
 from serving.metrics import Metrics
-from serving.text.chat import ChatTemplate
+from serving.text.chat import ChatTemplate, chat_template
 from serving.text.tokenizer import TextCodec, fake_codec, load_codec
+
+log = logging.getLogger(__name__)
 
 # After the drain only idle connections are left; uvicorn waits this long for them.
 _CLOSE_TIMEOUT_S = 3
@@ -68,6 +71,8 @@ async def serve(
     driver = ClusterDriver(
         ClusterScheduler(), codec, metrics, max_requests_per_instance=config.max_requests
     )
+    template = chat_template(codec)
+    warming = asyncio.ensure_future(_warm(template))
     build = partial(build_engine, config.engine, times)
     try:
         ready = await driver.start(InProcessHandle(InstanceId("instance-0"), build))
@@ -77,7 +82,7 @@ async def serve(
         config=config,
         ready=ready,
         codec=codec,
-        template=ChatTemplate(codec.template, codec.special_tokens) if codec.template else None,
+        template=template,
         driver=driver,
         metrics=metrics,
         started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
@@ -85,7 +90,17 @@ async def serve(
     try:
         return await _serve_http(service, listener, on_ready)
     finally:
+        await warming
         await driver.stop()
+
+
+async def _warm(template: ChatTemplate | None) -> None:
+    """Start what renders chats while the model loads. Completions need no good template."""
+    try:
+        if template is not None:
+            await asyncio.to_thread(template.start)
+    except RequestError as error:
+        log.warning("chats cannot be served: %s", error.message)
 
 
 async def _serve_http(

@@ -1,11 +1,11 @@
 """Request bodies, as OpenAI's API and vLLM's extensions define them. Shapes only, no behaviour.
 
-Null means default everywhere, as many clients send it. Unknown fields are accepted, since new
-clients send new ones; known fields that would change the output and cannot be honoured are refused.
+Null means default everywhere, as many clients send it. What is in no schema, `known_fields` judges.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,12 +19,16 @@ MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 128
 MAX_SALT_CHARS = 256
+MAX_TIMEOUT_S = 86_400
+# What fits into a header, and into a log line.
+REQUEST_ID = r"^[!-~]{1,128}$"
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
+TemplateValue = bool | int | float | Annotated[str, Field(max_length=256)] | None
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -32,6 +36,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class _Generation(BaseModel):
@@ -60,7 +65,15 @@ class _Generation(BaseModel):
     prompt_logprobs: NumLogprobs | None = None
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    add_special_tokens: bool | None = None
+    request_id: Annotated[str, Field(pattern=REQUEST_ID)] | None = None
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S, allow_inf_nan=False)] | None = None
     return_token_ids: bool | None = None
+    return_metrics: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -79,6 +92,10 @@ class _Generation(BaseModel):
     def wants_usage(self) -> bool:
         """Whether a stream is to end with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def wants_usage_always(self) -> bool:
+        """Whether every chunk is to tell the usage so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class CompletionRequest(_Generation):
@@ -116,19 +133,49 @@ class ContentPart(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
     def plain(self) -> dict[str, Any]:
-        """Return what a chat template reads: role and the text of the content."""
+        """Return what a chat template reads: the text of the content, and what is set."""
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content)
-        return {"role": self.role, "content": content or ""}
+        message: dict[str, Any] = {"role": self.role, "content": content or ""}
+        for name in ("name", "tool_calls", "tool_call_id"):
+            value = getattr(self, name)
+            if value:
+                message[name] = value
+        if self.tool_calls:
+            message["tool_calls"] = [_with_arguments(call) for call in self.tool_calls]
+        return message
 
 
-class ChatRequest(_Generation):
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object: templates write them as they like."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}}
+
+
+class ChatPrompt(BaseModel):
+    """Messages, and how the model's template is to render them."""
+
     messages: Annotated[list[Message], Field(min_length=1)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, TemplateValue] | None = None
+
+
+class ChatRequest(_Generation, ChatPrompt):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     add_generation_prompt: bool | None = None
     logprobs: bool | None = None
@@ -142,36 +189,32 @@ class ChatRequest(_Generation):
         return self.max_completion_tokens or self.max_tokens
 
 
-# Known fields that change the output and are not honoured, with the values that mean "off". Those
-# that one endpoint knows are here for the other.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "top_logprobs": (None, 0),
-    "truncate_prompt_tokens": (None,),
-    "skip_special_tokens": (None, True),
-    "include_stop_str_in_output": (None, False),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None, []),
-    "guided_grammar": (None,),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "use_beam_search": (None, False),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "continue_final_message": (None, False),
-}
+class TokenizeRequest(BaseModel):
+    """A `prompt`, or `messages`: exactly one of them."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None  # by default for a prompt only
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, TemplateValue] | None = None
+
+    def chat(self) -> ChatPrompt:
+        """Return what is to be rendered, if there are messages."""
+        return ChatPrompt.model_construct(
+            messages=self.messages or [],
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
 
-def unsupported_field(request: _Generation) -> str | None:
-    """Return the name of a field that asks for what is not there, None if there is none."""
-    for name, value in (request.model_extra or {}).items():
-        if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
-            return name
-    return None
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    tokens: list[TokenId]

@@ -25,11 +25,12 @@ from serving.cluster import wire
 from serving.cluster.driver import ClusterDriver
 from serving.config import ServeConfig
 from serving.metrics import Metrics
-from serving.text.chat import ChatTemplate
+from serving.text.chat import chat_template
 from serving.text.tokenizer import fake_codec
 from tests.factories import make_geometry
 
 CODEC = fake_codec()
+TEMPLATE = chat_template(CODEC)  # its processes serve all tests
 MAX_MODEL_LEN = 64
 VIEW = InstanceView(
     num_running=0,
@@ -167,7 +168,7 @@ class Server:
             config=ServeConfig(engine=self._engine, debug_endpoints=self._debug_endpoints),
             ready=await self.driver.start(self.handle),
             codec=CODEC,
-            template=ChatTemplate(CODEC.template, {}),
+            template=TEMPLATE,
             driver=self.driver,
             metrics=self.metrics,
             started_at=0,
