@@ -57,8 +57,9 @@ class Guard:
 
     def restore(self, text: str) -> str:
         """Return the text as the user typed it."""
-        back = {ord(stand_in): letter for letter, stand_in in self.stand_ins.items()}
-        return text.translate(back) if _PRIVATE_PATTERN.search(text) else text
+        for letter, stand_in in self.stand_ins.items():
+            text = text.replace(stand_in, letter)
+        return text
 
     def _shield(self, text: str) -> str:
         tokens = self.tokens
