@@ -9,7 +9,8 @@ Each script of this folder says in its first lines what it needs:
     # server: flags of `hocket serve`       without --fake it is the real model
 
 It is called with the server's URL, the model's name and the model's folder (or `-`), prints one
-line for each thing that it saw hold, and fails with a traceback. Environments are kept.
+line for each thing that it saw hold, and fails with a traceback. Environments are kept; those that
+`tests.bench.clients` uses (hocket-peers/NAME in the cache) are taken as they are.
 """
 
 from __future__ import annotations
@@ -79,13 +80,15 @@ def interpreter(folder: Path, packages: list[str], *, host: bool) -> Path:
     return python
 
 
-def run(script: ClientScript, envs: Path) -> dict[str, bool]:
+def run(script: ClientScript, envs: Path, peers: Path) -> dict[str, bool]:
     """Run the script in each of its environments; return which of them went well."""
     fake = "--fake" in script.server_flags
     model = "-" if fake else str(resolve(None, NoProgress()).path)
     outcomes = {}
     for name, packages in script.environments.items():
-        python = interpreter(envs / name, packages, host=script.sees_host_packages)
+        python = peers / name / "bin" / "python"
+        if not python.exists():
+            python = interpreter(envs / name, packages, host=script.sees_host_packages)
         print(f"--- {script.path.stem} with {' '.join(packages)}", flush=True)
         # PATH: some clients start programs of their environment.
         env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "NO_PROXY": "*"}
@@ -108,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     outcomes: dict[str, bool] = {}
     for name in args.names or scripts:
-        outcomes |= run(read_script(scripts[name]), args.envs)
+        outcomes |= run(read_script(scripts[name]), args.envs, cache / "hocket-peers")
     for name, good in outcomes.items():
         print(f"{name:>12} {'ok' if good else 'FAILED'}")
     sys.exit(0 if all(outcomes.values()) else 1)

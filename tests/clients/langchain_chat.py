@@ -1,4 +1,4 @@
-# env langchain: langchain-openai==1.7.4
+# env langchain: langchain-openai>=1,<2
 # server: --fake --max-model-len 2048
 """langchain-openai: ChatOpenAI whole, in batches, streamed with usage, async; its error classes."""
 
