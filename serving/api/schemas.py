@@ -19,12 +19,16 @@ MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 128
 MAX_SALT_CHARS = 256
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
 MAX_TIMEOUT_S = 86_400
 # What fits into a header, and into a log line.
 REQUEST_ID = r"^[!-~]{1,128}$"
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+# The first bad item is enough: thousands of errors would hold up every stream.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
@@ -59,7 +63,7 @@ class _Generation(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     prompt_logprobs: NumLogprobs | None = None
@@ -155,9 +159,13 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: (
+        str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None
+    ) = None
     name: Annotated[str, Field(max_length=256)] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: (
+        Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
+    ) = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -187,13 +195,17 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"function": function | {"arguments": arguments}}
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+TemplateValues = Annotated[dict[str, TemplateValue], Field(max_length=32)]
+
+
 class ChatPrompt(BaseModel):
     """Messages, and how the model's template is to render them."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, TemplateValue] | None = None
+    chat_template_kwargs: TemplateValues | None = None
 
 
 class ChatRequest(_Generation, ChatPrompt):
@@ -217,12 +229,12 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None  # by default for a prompt only
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, TemplateValue] | None = None
+    chat_template_kwargs: TemplateValues | None = None
 
     def chat(self) -> ChatPrompt:
         """Return what is to be rendered, if there are messages."""
@@ -238,4 +250,4 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
