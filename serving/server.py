@@ -72,7 +72,7 @@ async def serve(
         ClusterScheduler(), codec, metrics, max_requests_per_instance=config.max_requests
     )
     template = chat_template(codec)
-    warming = asyncio.ensure_future(_warm(template))
+    warming = asyncio.ensure_future(_warm(template, codec))
     build = partial(build_engine, config.engine, times)
     try:
         ready = await driver.start(InProcessHandle(InstanceId("instance-0"), build))
@@ -94,11 +94,12 @@ async def serve(
         await driver.stop()
 
 
-async def _warm(template: ChatTemplate | None) -> None:
+async def _warm(template: ChatTemplate | None, codec: TextCodec) -> None:
     """Start what renders chats while the model loads. Completions need no good template."""
     try:
         if template is not None:
             await asyncio.to_thread(template.start)
+            await asyncio.to_thread(codec.prepare)
     except RequestError as error:
         log.warning("chats cannot be served: %s", error.message)
 

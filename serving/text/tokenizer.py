@@ -99,6 +99,10 @@ class TextCodec:
         piece: str | None = self._tokenizer.id_to_token(token_id)
         return piece
 
+    def prepare(self) -> None:
+        """Make what the first text with a control token in it would wait for: 0.1 s."""
+        self._literal_tokenizer()
+
     def _literal_tokenizer(self) -> Tokenizer:
         with self._copying:
             if self._literal is None:
