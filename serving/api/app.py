@@ -62,7 +62,8 @@ async def _validation_error(_: Request, error: Exception) -> Response:
         location = () if problem["type"] == "json_invalid" else problem["loc"][1:]
         where = [str(part) for part in location if _is_field(part)]
         params.append(".".join(where)[:_MAX_MESSAGE_CHARS])
-        problems.append(f"{params[-1] or 'body'}: {problem['msg']}"[:_MAX_MESSAGE_CHARS])
+        what = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{params[-1] or 'body'}: {what}"[:_MAX_MESSAGE_CHARS])
     refusal = InvalidRequest("; ".join(problems), param=params[0] or None)
     return json_response(refusal.body(), refusal.status)
 

@@ -45,7 +45,7 @@ def router(service: Service) -> APIRouter:
             )
         return json_response(card())
 
-    @routes.get("/health", responses=EMPTY)
+    @routes.get("/health", responses=EMPTY, response_class=Response)
     async def health() -> Response:
         """Return 200 while an instance is up: also when draining or full, which is no illness."""
         return Response(status_code=200 if service.driver.alive else 503)

@@ -24,8 +24,8 @@ def router(service: Service) -> APIRouter:
         """Return how many requests have not ended, each choice counted."""
         return json_response({"server_load": service.driver.num_streams})
 
-    @routes.get("/ping", responses=EMPTY, operation_id="get_ping")
-    @routes.post("/ping", responses=EMPTY, operation_id="post_ping")
+    @routes.get("/ping", responses=EMPTY, response_class=Response, operation_id="get_ping")
+    @routes.post("/ping", responses=EMPTY, response_class=Response, operation_id="post_ping")
     async def ping() -> Response:
         """Return what /health does."""
         return Response(status_code=200 if service.driver.alive else 503)
