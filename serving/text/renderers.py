@@ -27,11 +27,12 @@ _LENGTH = struct.Struct("!I")
 # Python and jinja2 take 30 MiB of address space; the rest is for messages and text.
 _MEMORY_BYTES = 512 << 20
 _START_S = 10.0
+_GRACE_S = 1.0  # the child's own alarm is for a parent that is gone
 # How long a request waits for one of the processes: all are busy with templates that hang.
 _WAIT_S = 10.0
 
 
-class _Gone(Exception):
+class Gone(Exception):
     """The process does not answer: it is dead, or was killed for being late."""
 
 
@@ -53,11 +54,11 @@ class _Process:
         self.hello: dict[str, Any] = {}
         try:
             self.hello = self.ask({"source": source, "memory_bytes": _MEMORY_BYTES}, _START_S)
-        except _Gone:
+        except Gone:
             self.hello = {"refusal": "it cannot be compiled"}
 
     def ask(self, value: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        """Send and wait for the answer. Raises _Gone, with the process dead, if none comes."""
+        """Send and wait for the answer. Raises Gone, with the process dead, if none comes."""
         deadline_s = time.monotonic() + limit_s
         payload = json.dumps(value).encode()
         try:
@@ -68,7 +69,7 @@ class _Process:
             return answer
         except OSError as error:  # TimeoutError is one
             self.kill()
-            raise _Gone from error
+            raise Gone from error
 
     def kill(self) -> None:
         self._child.kill()
@@ -105,10 +106,13 @@ class Renderers:
         """Return the text. Raises InvalidRequest, with the reason, if there is none in time."""
         with self._lent() as process:
             try:
-                answer = process.ask(
-                    {"variables": variables, "max_chars": max_chars}, self._limit_s
-                )
-            except _Gone:
+                job = {
+                    "variables": variables,
+                    "max_chars": max_chars,
+                    "limit_s": self._limit_s + _GRACE_S,
+                }
+                answer = process.ask(job, self._limit_s)
+            except Gone:
                 raise _refusal(f"it takes longer than {self._limit_s:g} s") from None
         if "refusal" in answer:
             raise _refusal(answer["refusal"])

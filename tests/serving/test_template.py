@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -11,8 +13,10 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from serving.errors import InvalidRequest
 from serving.text.chat import ChatTemplate, chat_template
 from serving.text.control import ControlTokens, make_guard
+from serving.text.renderers import Gone
 from serving.text.tokenizer import FAKE_CHAT_TEMPLATE, TextCodec, load_codec
 from tests.serving.scripted import CODEC, TEMPLATE
+from tests.serving.servers import running_server
 
 
 def user(text):
@@ -222,3 +226,44 @@ def test_control_tokens_of_a_real_vocabulary_are_kept_apart(real_model):
     plain = template.render(user("Hello, world"))
     assert plain.encode(codec) == codec.encode(plain.text, add_special_tokens=False)
     assert codec.template != FAKE_CHAT_TEMPLATE
+
+
+def test_one_that_hangs_ends_though_nobody_waits_for_it():
+    template = ChatTemplate(EVIL, {}, num_processes=1)
+    template.start()
+    (process,) = template._renderers._idle
+    job = {"variables": {"messages": user("loop")}, "max_chars": 9, "limit_s": 0.1}
+    with pytest.raises(Gone):
+        process.ask(job, 10.0)
+    assert process._child.returncode in (-signal.SIGALRM, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_what_renders_goes_with_the_server(how):
+    with running_server("--fake") as server:
+        tasks = Path(f"/proc/{server.process.pid}/task")
+
+        def children():
+            return [
+                int(pid) for path in tasks.glob("*/children") for pid in path.read_text().split()
+            ]
+
+        wait_until(lambda: any("template.py" in _command(pid) for pid in children()))
+        renderers = [pid for pid in children() if "template.py" in _command(pid)]
+        server.process.send_signal(how)
+        server.process.wait(30)
+        wait_until(lambda: not any("template.py" in _command(pid) for pid in renderers))
+
+
+def _command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)
