@@ -63,7 +63,12 @@ def completion_prompts(
         text = ""
         if body.echo:
             untouched = isinstance(prompt, str) and len(token_ids) == len(whole)
-            text = str(prompt) if untouched else codec.decode_long(token_ids)
+            skips = body.skip_special_tokens is not False
+            text = (
+                str(prompt)
+                if untouched
+                else codec.decode_long(token_ids, skip_special_tokens=skips)
+            )
         prompts.append(Prompt(token_ids, text))
     return prompts
 

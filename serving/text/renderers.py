@@ -54,8 +54,8 @@ class _Process:
         self.hello: dict[str, Any] = {}
         try:
             self.hello = self.ask({"source": source, "memory_bytes": _MEMORY_BYTES}, _START_S)
-        except Gone:
-            self.hello = {"refusal": "it cannot be compiled"}
+        except Gone as error:
+            self.hello = {"refusal": f"it cannot be compiled: {error}"}
 
     def ask(self, value: dict[str, Any], limit_s: float) -> dict[str, Any]:
         """Send and wait for the answer. Raises Gone, with the process dead, if none comes."""
@@ -67,9 +67,16 @@ class _Process:
             (size,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline_s))
             answer: dict[str, Any] = json.loads(self._read(size, deadline_s))
             return answer
-        except OSError as error:  # TimeoutError is one
+        except TimeoutError as error:
             self.kill()
-            raise Gone from error
+            raise Gone(f"it takes longer than {limit_s:g} s") from error
+        except OSError as error:
+            self.kill()
+            raise Gone("the process that rendered it ended") from error
+
+    @property
+    def alive(self) -> bool:
+        return self._child.poll() is None
 
     def kill(self) -> None:
         self._child.kill()
@@ -112,8 +119,8 @@ class Renderers:
                     "limit_s": self._limit_s + _GRACE_S,
                 }
                 answer = process.ask(job, self._limit_s)
-            except Gone:
-                raise _refusal(f"it takes longer than {self._limit_s:g} s") from None
+            except Gone as error:
+                raise _refusal(str(error)) from None
         if "refusal" in answer:
             raise _refusal(answer["refusal"])
         text: str = answer["text"]
@@ -125,6 +132,9 @@ class Renderers:
             raise Unavailable("too many chat templates are being rendered", code="queue_full")
         try:
             process = self._idle.pop() if self._idle else _Process(self._source)
+            if not process.alive and "refusal" not in process.hello:  # it died while it idled
+                process.kill()
+                process = _Process(self._source)
             if "refusal" in process.hello:
                 process.kill()
                 raise _refusal(process.hello["refusal"])
