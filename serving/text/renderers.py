@@ -45,7 +45,7 @@ class _Process:
             # A group of its own: Ctrl-C in a terminal is for the server, which may still drain.
             self._child = subprocess.Popen(  # noqa: S603 (our own file)
                 [sys.executable, "-P", str(_PROGRAM)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 process_group=0,

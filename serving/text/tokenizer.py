@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -74,7 +74,7 @@ class TextCodec:
         ids: list[int] = []
         for text, is_control in parts:
             if is_control:
-                ids.append(self._tokenizer.token_to_id(text))
+                ids.append(cast(int, self._tokenizer.token_to_id(text)))
             else:
                 ids += _ids(self._literal_tokenizer(), text, add_special_tokens=False)
         if add_special_tokens:

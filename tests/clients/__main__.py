@@ -74,7 +74,7 @@ def interpreter(folder: Path, packages: list[str], *, host: bool) -> Path:
     if host:  # behind the environment's own, which go first
         (own,) = folder.glob("lib/python*/site-packages")
         (own / "host.pth").write_text("\n".join(site.getsitepackages()))
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*install, *packages], check=True)
     stamp.write_text(wanted)
     return python

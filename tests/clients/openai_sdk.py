@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import contextmanager
+from typing import Any
 
 import openai
 
 URL, MODEL, _ = sys.argv[1:]
-HI = [{"role": "user", "content": "Say something."}]
+HI: Any = [{"role": "user", "content": "Say something."}]
 LATE = {"timeout": 0.05, "ignore_eos": True}
-BARE = {"base_url": f"{URL}/v1", "api_key": "none", "max_retries": 0, "timeout": 30}
+BARE: dict[str, Any] = {"base_url": f"{URL}/v1", "api_key": "none", "max_retries": 0, "timeout": 30}
 client = openai.OpenAI(**BARE)
 
 
@@ -98,7 +99,7 @@ def scores_and_seeds() -> None:
 
 async def asynchronous() -> None:
     async with openai.AsyncOpenAI(**BARE) as many:
-        asked = {"model": MODEL, "messages": HI, "max_tokens": 12, "temperature": 0}
+        asked: dict[str, Any] = {"model": MODEL, "messages": HI, "max_tokens": 12, "temperature": 0}
         streams = [await many.chat.completions.create(**asked, stream=True) for _ in range(8)]
         texts = [
             "".join([c.choices[0].delta.content or "" async for c in stream]) for stream in streams
