@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -49,6 +50,7 @@ class _Process:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 process_group=0,
+                env={name: value for name, value in os.environ.items() if _is_harmless(name)},
             )
         self._socket = ours
         self.hello: dict[str, Any] = {}
@@ -142,6 +144,11 @@ class Renderers:
             self._idle.append(process)  # not reached by one that was late, which is dead
         finally:
             self._places.release()
+
+
+def _is_harmless(name: str) -> bool:
+    """Whether a child that runs a stranger's template may see this variable: none holds a key."""
+    return name.startswith("PYTHON") or name in ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "TZ")
 
 
 def _refusal(why: str) -> InvalidRequest:

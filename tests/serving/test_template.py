@@ -237,7 +237,7 @@ def test_one_that_hangs_ends_though_nobody_waits_for_it():
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_what_renders_goes_with_the_server(how):
-    with running_server("--fake") as server:
+    with running_server("--fake", env={"SECRET": "key"}) as server:
         tasks = Path(f"/proc/{server.process.pid}/task")
 
         def children():
@@ -247,6 +247,7 @@ def test_what_renders_goes_with_the_server(how):
 
         wait_until(lambda: any("template.py" in _command(pid) for pid in children()))
         renderers = [pid for pid in children() if "template.py" in _command(pid)]
+        assert b"SECRET" not in Path(f"/proc/{renderers[0]}/environ").read_bytes()
         server.process.send_signal(how)
         server.process.wait(30)
         wait_until(lambda: not any("template.py" in _command(pid) for pid in renderers))
