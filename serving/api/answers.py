@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -50,7 +51,10 @@ async def respond(
     form: ChoiceForm,
 ) -> Response:
     """Answer as the body asks, in events or whole. Raises RequestError, ClientGone."""
-    close = _close_in_time(service.driver, group, body.timeout)
+    left_s = None
+    if body.timeout is not None:  # tokenizing has taken some of it
+        left_s = body.timeout - (time.monotonic() - request.state.arrived_at_s)
+    close = _close_in_time(service.driver, group, left_s)
     if body.stream:
         return sse.event_stream(_chunks(service, body, group, head, form), on_close=close)
     try:
@@ -75,12 +79,12 @@ async def respond(
 
 
 def _close_in_time(
-    driver: ClusterDriver, group: StreamGroup, timeout_s: float | None
+    driver: ClusterDriver, group: StreamGroup, left_s: float | None
 ) -> Callable[[], None]:
     """Let the group end when its time has passed; return what to call when the answer is over."""
     alarm = None
-    if timeout_s is not None:
-        alarm = asyncio.get_running_loop().call_later(timeout_s, driver.expire, group)
+    if left_s is not None:
+        alarm = asyncio.get_running_loop().call_later(max(0.0, left_s), driver.expire, group)
 
     def close() -> None:
         if alarm is not None:

@@ -1,8 +1,12 @@
-"""Every answer carries x-request-id: the client's own, or one made here; inside, always ours."""
+"""Every answer carries x-request-id: the client's own, or one made here; inside, always ours.
+
+Stamps the arrival, too.
+"""
 
 from __future__ import annotations
 
 import secrets
+import time
 from typing import NamedTuple
 
 from fastapi import Request
@@ -28,6 +32,7 @@ class RequestIds:
         shown = given if given.isprintable() and 0 < len(given) <= _MAX_CHARS else request_id
         state = scope.setdefault("state", {})
         state["request_id"], state["shown_request_id"] = request_id, shown
+        state["arrived_at_s"] = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
