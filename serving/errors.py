@@ -7,9 +7,11 @@ Exception
     |   `-- ContextTooLong
     |-- NotFound         404  no such model
     |-- BodyTooLarge     413
+    |-- WrongMediaType   415  the body is not JSON
     |-- Unavailable      503  loading, draining or full: the same request may work later
     |-- GenerationFailed 500  the model failed on this request, and on no other
-    `-- InstanceLost     500  the instance that ran the request failed
+    |-- InstanceLost     500  the instance that ran the request failed
+    `-- DeadlineExceeded 504  the client's own `timeout` has passed
 """
 
 from __future__ import annotations
@@ -62,6 +64,11 @@ class RequestError(Exception):
         return {}
 
 
+def internal_error() -> RequestError:
+    """Return what a client is told of a fault in the server itself."""
+    return RequestError("the server failed on this request; its log says why")
+
+
 class InvalidRequest(RequestError):
     status = 400
     type = "invalid_request_error"
@@ -93,6 +100,12 @@ class BodyTooLarge(RequestError):
     default_code = "request_too_large"
 
 
+class WrongMediaType(RequestError):
+    status = 415
+    type = "invalid_request_error"
+    default_code = "unsupported_media_type"
+
+
 class Unavailable(RequestError):
     status = 503
     type = "server_error"
@@ -122,3 +135,14 @@ class GenerationFailed(RequestError):
 class InstanceLost(RequestError):
     status = 500
     default_code = "instance_failed"
+
+
+class DeadlineExceeded(RequestError):
+    status = 504
+    default_code = "request_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("the request's timeout has passed", param="timeout")
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}  # it would take as long again

@@ -1,6 +1,7 @@
 """What Prometheus sees. The only file with prometheus_client; cores return facts, this counts them.
 
-Names carry no colons and base units, as promtool wants. No label takes a value from a client.
+Names carry no colons and base units, as promtool wants. No label takes a value from a client, but
+for the names of unknown fields, of which there are few.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _E2E_BUCKETS = (
     0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240,
     480, 960,
 )  # fmt: skip
+
+_MAX_UNKNOWN_NAMES, _MAX_FIELD_CHARS = 50, 40
 
 
 class Metrics:
@@ -55,6 +58,13 @@ class Metrics:
         self._requests = Counter(
             "hocket_requests", "Requests by outcome", ["model", "outcome"], registry=self._registry
         )
+        self._unknown_fields = Counter(
+            "hocket_unknown_fields",
+            "Fields of requests that nobody knows",
+            ["model", "field"],
+            registry=self._registry,
+        )
+        self._unknown_names: set[str] = set()
         self._prompt_tokens = self._total("prompt_tokens", "Prompt tokens of ended requests")
         self._output_tokens = self._total("generation_tokens", "Tokens delivered")
         self._prefix_queries = self._total(
@@ -116,6 +126,20 @@ class Metrics:
         if outcome != "rejected":
             self._prompt_tokens.labels(self._model_name).inc(num_prompt_tokens)
             self._e2e.labels(self._model_name).observe(e2e_s)
+
+    def unknown_field(self, name: str) -> str:
+        """Count a field that nobody knows; return the name it is counted by.
+
+        Names come from clients, so the first 50 stand for themselves, and the rest is "other".
+        """
+        fits = name.isascii() and name.isidentifier() and len(name) <= _MAX_FIELD_CHARS
+        if name not in self._unknown_names:
+            if not fits or len(self._unknown_names) == _MAX_UNKNOWN_NAMES:
+                name = "other"
+            else:
+                self._unknown_names.add(name)
+        self._unknown_fields.labels(self._model_name, name).inc()
+        return name
 
     def queued(self, queue_s: float) -> None:
         self._queue.labels(self._model_name).observe(queue_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -25,9 +26,12 @@ from serving.cluster.handle import InstanceHandle
 from serving.cluster.process import ProcessHandle
 from serving.cluster.supervisor import Supervisor
 from serving.config import ServeConfig
+from serving.errors import RequestError
 from serving.metrics import Metrics
-from serving.text.chat import ChatTemplate
+from serving.text.chat import ChatTemplate, chat_template
 from serving.text.tokenizer import TextCodec, fake_codec, load_codec
+
+log = logging.getLogger(__name__)
 
 # After the drain only idle connections are left; uvicorn waits this long for them.
 _CLOSE_TIMEOUT_S = 3
@@ -73,6 +77,7 @@ async def serve(
     driver = ClusterDriver(
         ClusterScheduler(), codec, metrics, max_requests_per_instance=config.max_requests
     )
+    template = chat_template(codec)
 
     def make_handle(incarnation: int) -> InstanceHandle:
         is_first = incarnation == 1
@@ -85,20 +90,32 @@ async def serve(
         )
 
     supervisor = Supervisor(driver, make_handle)
+    warming = asyncio.ensure_future(_warm(template, codec))
     try:
         service = Service(
             config=config,
             ready=await supervisor.start(),
             codec=codec,
-            template=ChatTemplate(codec.template, codec.special_tokens) if codec.template else None,
+            template=template,
             driver=driver,
             metrics=metrics,
             started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
         )
         return await _serve_http(service, listener, on_ready)
     finally:
+        await warming
         await supervisor.stop()
         await driver.stop()
+
+
+async def _warm(template: ChatTemplate | None, codec: TextCodec) -> None:
+    """Start what renders chats while the model loads. Completions need no good template."""
+    try:
+        if template is not None:
+            await asyncio.to_thread(template.start)
+            await asyncio.to_thread(codec.prepare)
+    except RequestError as error:
+        log.warning("chats cannot be served: %s", error.message)
 
 
 async def _serve_http(

@@ -10,13 +10,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from serving.api import chat, completions, debug, models
+from serving.api import chat, completions, debug, docs_page, models, status, tokenize
 from serving.api.answers import ClientGone
 from serving.api.body_limit import BodyLimit
 from serving.api.request_id import RequestIds
 from serving.api.responses import json_response
 from serving.api.service import Service
-from serving.errors import InvalidRequest, RequestError
+from serving.api.version import VERSION
+from serving.errors import InvalidRequest, RequestError, internal_error
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ _MAX_MESSAGE_CHARS = 200
 def create_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="Hocket",
+        version=VERSION,
         docs_url=None,
         redoc_url=None,
         middleware=[
@@ -35,8 +37,9 @@ def create_app(service: Service) -> FastAPI:
             Middleware(BodyLimit, max_bytes=service.config.max_body_bytes),
         ],
     )
-    for module in (completions, chat, models, debug):
+    for module in (completions, chat, tokenize, models, status, debug):
         app.include_router(module.router(service))
+    app.include_router(docs_page.router(app))
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -59,7 +62,8 @@ async def _validation_error(_: Request, error: Exception) -> Response:
         location = () if problem["type"] == "json_invalid" else problem["loc"][1:]
         where = [str(part) for part in location if _is_field(part)]
         params.append(".".join(where)[:_MAX_MESSAGE_CHARS])
-        problems.append(f"{params[-1] or 'body'}: {problem['msg']}"[:_MAX_MESSAGE_CHARS])
+        what = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{params[-1] or 'body'}: {what}"[:_MAX_MESSAGE_CHARS])
     refusal = InvalidRequest("; ".join(problems), param=params[0] or None)
     return json_response(refusal.body(), refusal.status)
 
@@ -93,5 +97,5 @@ async def _client_gone(_: Request, __: Exception) -> Response:
 
 async def _internal_error(_: Request, error: Exception) -> Response:
     log.error("a request failed inside the server", exc_info=error)
-    refusal = RequestError("the server failed on this request; its log says why")
+    refusal = internal_error()
     return json_response(refusal.body(), refusal.status)

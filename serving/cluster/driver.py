@@ -43,6 +43,7 @@ from serving.cluster.handle import InstanceHandle
 from serving.cluster.inspection import Inspections
 from serving.cluster.streams import RequestStream, StreamGroup, StreamTable
 from serving.errors import (
+    DeadlineExceeded,
     GenerationFailed,
     InstanceLost,
     InvalidRequest,
@@ -50,6 +51,7 @@ from serving.errors import (
     Unavailable,
 )
 from serving.metrics import Metrics
+from serving.text.detokenizer import PLAIN_TEXT, Shown
 from serving.text.tokenizer import TextCodec
 
 log = logging.getLogger(__name__)
@@ -105,18 +107,25 @@ class ClusterDriver:
             self._handle(InstanceUp(instance_id, self._max_requests))
         return ready
 
+    @property
+    def num_streams(self) -> int:
+        """Requests that have not ended, each choice counted."""
+        return len(self._streams)
+
     async def until_lost(self, handle: InstanceHandle) -> str:
         """Wait for the end of the instance; return the cause."""
         return await asyncio.shield(self._lost[handle.instance_id])
 
-    def submit(self, specs: Sequence[RequestSpec], stops: Sequence[str]) -> StreamGroup:
+    def submit(
+        self, specs: Sequence[RequestSpec], stops: Sequence[str], shown: Shown = PLAIN_TEXT
+    ) -> StreamGroup:
         """Run the requests; all of them, or none. Raises RequestError when one is refused."""
         group = StreamGroup()
         for spec in specs:
-            stream = RequestStream(spec, self._codec, stops, group.wake)
+            stream = RequestStream(spec, self._codec, stops, group.wake, shown)
             self._streams.add(stream)
             self._idle.clear()
-            self._arrived_at_s[spec.request_id] = self._clock()
+            stream.arrived_at_s = self._arrived_at_s[spec.request_id] = self._clock()
             group.streams.append(stream)
             self._handle(Arrived(spec))
             if stream.error is not None:
@@ -129,6 +138,13 @@ class ClusterDriver:
         for stream in group.streams:
             if not stream.ended:
                 self._end(stream, FinishReason.ABORT)
+                self._handle(Cancelled(stream.spec.request_id))
+
+    def expire(self, group: StreamGroup) -> None:
+        """The client's own time limit has passed: end what still runs of the group."""
+        for stream in group.streams:
+            if not stream.ended:
+                self._fail(stream.spec.request_id, DeadlineExceeded(), "timeout")
                 self._handle(Cancelled(stream.spec.request_id))
 
     async def drain(self, timeout_s: float) -> bool:
@@ -241,6 +257,7 @@ class ClusterDriver:
         stream = self._streams.get(event.request_id)
         if stream is not None:
             stream.num_cached_tokens = event.num_cached_tokens
+            stream.queue_s = event.queue_s
             self._metrics.prefix(len(stream.spec.prompt_token_ids), event.num_cached_tokens)
 
     def _on_token(self, event: TokenEvent, now: float) -> None:
@@ -248,6 +265,7 @@ class ClusterDriver:
         if stream is None:  # its client left while the step ran
             return
         last_at_s, stream.last_token_at_s = stream.last_token_at_s, now
+        stream.first_token_at_s = stream.first_token_at_s or now
         self._metrics.token(
             now - self._arrived_at_s[event.request_id],
             None if last_at_s is None else now - last_at_s,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from scheduler.types import FinishReason, Logprobs, RequestId, RequestSpec
 from serving.errors import RequestError
-from serving.text.detokenizer import Detokenizer, StopFilter
+from serving.text.detokenizer import PLAIN_TEXT, Detokenizer, Shown, StopFilter
 from serving.text.tokenizer import TextCodec
 
 
@@ -39,7 +39,12 @@ class RequestStream:
     """One request as its client sees it. Belongs to the event loop's thread."""
 
     def __init__(
-        self, spec: RequestSpec, codec: TextCodec, stops: Sequence[str], wake: asyncio.Event
+        self,
+        spec: RequestSpec,
+        codec: TextCodec,
+        stops: Sequence[str],
+        wake: asyncio.Event,
+        shown: Shown = PLAIN_TEXT,
     ) -> None:
         self.spec = spec
         self.num_tokens = 0  # delivered
@@ -47,9 +52,13 @@ class RequestStream:
         self.prompt_logprobs: list[Logprobs] = []  # of the second token of the prompt and on
         self.finish_reason: FinishReason | None = None
         self.error: RequestError | None = None
+        self.arrived_at_s = 0.0  # these four on the driver's clock
+        self.queue_s: float | None = None
+        self.first_token_at_s: float | None = None
         self.last_token_at_s: float | None = None
-        self._detokenizer = Detokenizer(codec)
-        self._stop_filter = StopFilter(stops)
+        self._shown = shown
+        self._detokenizer = Detokenizer(codec, skip_special_tokens=not shown.special_tokens)
+        self._stop_filter = StopFilter(stops, shows_stop=shown.stop)
         self._wake = wake
         self._new_token_ids: list[int] = []
         self._new_text = ""
@@ -87,7 +96,7 @@ class RequestStream:
         self._new_token_ids.append(token_id)
         if self.spec.params.logprobs is not None:
             self._held_scored.append(ScoredToken(token_id, logprobs, self._num_decoded_chars))
-        if token_id not in self.spec.params.stop_token_ids:
+        if self._shown.stop or token_id not in self.spec.params.stop_token_ids:
             self._show(self._detokenizer.push((token_id,)))
         self._release_scored()
         self._wake.set()

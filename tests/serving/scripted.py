@@ -25,11 +25,13 @@ from serving.cluster import wire
 from serving.cluster.driver import ClusterDriver
 from serving.config import ServeConfig
 from serving.metrics import Metrics
-from serving.text.chat import ChatTemplate
+from serving.text.chat import chat_template
 from serving.text.tokenizer import fake_codec
 from tests.factories import make_geometry
 
 CODEC = fake_codec()
+TEMPLATE = chat_template(CODEC)  # its processes serve all tests
+JSON = {"content-type": "application/json"}
 MAX_MODEL_LEN = 64
 VIEW = InstanceView(
     num_running=0,
@@ -75,6 +77,7 @@ class ScriptedHandle:
         self.specs = {}
         self.answers_inspections = True
         self.was_inspected = asyncio.Event()
+        self.was_submitted = asyncio.Event()
         self._script_of = script_of
         self._tasks = {}
 
@@ -88,6 +91,7 @@ class ScriptedHandle:
         match command:
             case Submit(spec):
                 self.specs[spec.request_id] = spec
+                self.was_submitted.set()
                 self._tasks[spec.request_id] = asyncio.ensure_future(self._run(spec))
             case Abort(request_id):
                 self._tasks[request_id].cancel()
@@ -139,6 +143,7 @@ class ScriptedHandle:
 class Answer:
     status: int
     text: str
+    headers: dict[str, str]
 
     def json(self):
         return json.loads(self.text)
@@ -167,7 +172,7 @@ class Server:
             config=ServeConfig(engine=self._engine, debug_endpoints=self._debug_endpoints),
             ready=await self.driver.start(self.handle),
             codec=CODEC,
-            template=ChatTemplate(CODEC.template, {}),
+            template=TEMPLATE,
             driver=self.driver,
             metrics=self.metrics,
             started_at=0,
@@ -197,7 +202,7 @@ class Server:
     async def _post(self, path, body):
         return await self._call("POST", path, json.dumps(body).encode())
 
-    async def _call(self, method, path, body):
+    async def _call(self, method, path, body, headers=JSON):
         """One HTTP exchange as ASGI has it; the client stays until the answer is complete."""
         scope = {
             "type": "http",
@@ -209,7 +214,7 @@ class Server:
             "query_string": b"",
             "root_path": "",
             "scheme": "http",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
             "client": ("test", 1),
             "server": ("test", 80),
         }
@@ -221,7 +226,8 @@ class Server:
 
         await self._app(scope, inbox.get, send)
         payload = b"".join(message.get("body", b"") for message in sent[1:])
-        return Answer(sent[0]["status"], payload.decode())
+        received = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return Answer(sent[0]["status"], payload.decode(), received)
 
     def metric(self, name):
         lines = self.metrics.render().decode().splitlines()
