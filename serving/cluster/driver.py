@@ -75,7 +75,6 @@ class ClusterDriver:
         self._handles: dict[InstanceId, InstanceHandle] = {}
         self._streams = StreamTable()
         self._inspections = Inspections()
-        self._arrived_at_s: dict[RequestId, float] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -95,7 +94,7 @@ class ClusterDriver:
         instance_id = handle.instance_id
         ready = await handle.start(partial(self._on_report, instance_id))
         self._handles[instance_id] = handle
-        self._metrics.instance_up(instance_id, up=True)
+        self._metrics.instance_ready(instance_id, ready)
         self._handle(InstanceUp(instance_id, self._max_requests))
         return ready
 
@@ -103,15 +102,17 @@ class ClusterDriver:
         """Run the requests; all of them, or none. Raises RequestError when one is refused."""
         group = StreamGroup()
         for spec in specs:
-            stream = RequestStream(spec, self._codec, stops, group.wake)
+            stream = RequestStream(
+                spec, self._codec, stops, group.wake, arrived_at_s=self._clock()
+            )
             self._streams.add(stream)
             self._idle.clear()
-            self._arrived_at_s[spec.request_id] = self._clock()
             group.streams.append(stream)
             self._handle(Arrived(spec))
             if stream.error is not None:
                 self.cancel(group)
                 raise stream.error
+        self._metrics.accepted(specs)
         return group
 
     def cancel(self, group: StreamGroup) -> None:
@@ -167,7 +168,7 @@ class ClusterDriver:
                     abort = messages.Abort(request_id, num_output_tokens)
                     self._handles[instance_id].send(abort)
                 case Reject(request_id, reason):
-                    self._fail(request_id, self._refusal(reason), "rejected")
+                    self._reject(request_id, reason)
                 case Fail(request_id):
                     self._fail(request_id, InstanceLost("the instance that ran this failed"))
                 case _:
@@ -194,7 +195,7 @@ class ClusterDriver:
                 self._on_step(instance_id, report)
             case Failed(cause):
                 log.error("instance %s failed: %s", instance_id, cause)
-                self._metrics.instance_up(instance_id, up=False)
+                self._metrics.instance_down(instance_id)
                 self._inspections.lost(instance_id)
                 self._handle(InstanceDown(instance_id))
             case Inspected(number, state):
@@ -217,32 +218,34 @@ class ClusterDriver:
         for finished in report.finished:
             self._on_finished(finished)
         for rejected in report.rejected:
-            self._fail(rejected.request_id, self._refusal(rejected.reason), "rejected")
+            self._reject(rejected.request_id, rejected.reason)
             self._handle(Ended(rejected.request_id))
         self._metrics.step(instance_id, report.view, report.step_s)
         self._handle(Reported(instance_id, report.view))
 
     def _on_started(self, event: StartedEvent) -> None:
-        self._metrics.queued(event.queue_s)
         stream = self._streams.get(event.request_id)
         if stream is not None:
             stream.num_cached_tokens = event.num_cached_tokens
-            self._metrics.prefix(len(stream.spec.prompt_token_ids), event.num_cached_tokens)
+            stream.marks.started(event.queue_s)
+            num_prompt_tokens = len(stream.spec.prompt_token_ids)
+            self._metrics.started(num_prompt_tokens, event.num_cached_tokens, event.queue_s)
 
     def _on_token(self, event: TokenEvent, now: float) -> None:
         stream = self._streams.get(event.request_id)
         if stream is None:  # its client left while the step ran
             return
-        last_at_s, stream.last_token_at_s = stream.last_token_at_s, now
-        self._metrics.token(
-            now - self._arrived_at_s[event.request_id],
-            None if last_at_s is None else now - last_at_s,
-        )
+        gap_s = stream.marks.token(now)
+        if gap_s is None:
+            self._metrics.first_token(stream.times)
+        else:
+            self._metrics.next_token(gap_s)
         if stream.deliver(event.output_index, event.token_id, event.logprobs):
             self._end(stream, FinishReason.STOP)
             self._handle(Cancelled(event.request_id, stream.num_tokens))
 
     def _on_finished(self, event: FinishedEvent) -> None:
+        self._metrics.finished(event.num_preemptions)
         stream = self._streams.get(event.request_id)
         if event.reason is FinishReason.ERROR:
             log.error("request %s failed in the model: %s", event.request_id, event.error)
@@ -257,6 +260,10 @@ class ClusterDriver:
         stream.finish(reason)
         self._forget(stream, reason.value)
 
+    def _reject(self, request_id: RequestId, reason: RejectReason) -> None:
+        self._metrics.rejected(reason)
+        self._fail(request_id, self._refusal(reason), "rejected")
+
     def _fail(self, request_id: RequestId, error: RequestError, outcome: str = "error") -> None:
         stream = self._streams.get(request_id)
         if stream is not None:
@@ -264,9 +271,8 @@ class ClusterDriver:
             self._forget(stream, outcome)
 
     def _forget(self, stream: RequestStream, outcome: str) -> None:
-        request_id = stream.spec.request_id
-        self._streams.remove(request_id)
-        e2e_s = self._clock() - self._arrived_at_s.pop(request_id)
-        self._metrics.ended(outcome, len(stream.spec.prompt_token_ids), e2e_s)
+        self._streams.remove(stream.spec.request_id)
+        stream.marks.ended(self._clock())
+        self._metrics.ended(outcome, stream.spec, stream.num_cached_tokens, stream.times)
         if not len(self._streams):
             self._idle.set()

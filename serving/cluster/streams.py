@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from scheduler.types import FinishReason, Logprobs, RequestId, RequestSpec
+from serving.cluster.times import RequestMarks, RequestTimes
 from serving.errors import RequestError
 from serving.text.detokenizer import Detokenizer, StopFilter
 from serving.text.tokenizer import TextCodec
@@ -39,7 +40,13 @@ class RequestStream:
     """One request as its client sees it. Belongs to the event loop's thread."""
 
     def __init__(
-        self, spec: RequestSpec, codec: TextCodec, stops: Sequence[str], wake: asyncio.Event
+        self,
+        spec: RequestSpec,
+        codec: TextCodec,
+        stops: Sequence[str],
+        wake: asyncio.Event,
+        *,
+        arrived_at_s: float = 0.0,
     ) -> None:
         self.spec = spec
         self.num_tokens = 0  # delivered
@@ -47,7 +54,7 @@ class RequestStream:
         self.prompt_logprobs: list[Logprobs] = []  # of the second token of the prompt and on
         self.finish_reason: FinishReason | None = None
         self.error: RequestError | None = None
-        self.last_token_at_s: float | None = None
+        self.marks = RequestMarks(arrived_at_s)
         self._detokenizer = Detokenizer(codec)
         self._stop_filter = StopFilter(stops)
         self._wake = wake
@@ -62,6 +69,11 @@ class RequestStream:
     @property
     def ended(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def times(self) -> RequestTimes:
+        """Where its time went so far."""
+        return self.marks.times()
 
     def take_prompt_logprobs(self, start: int, positions: Sequence[Logprobs]) -> None:
         """Keep those of prompt tokens `start` and on; a prompt computed again may repeat some."""
