@@ -13,6 +13,9 @@ class StepSize(NamedTuple):
     num_requests: int = 0
 
 
+_NO_STEP = StepSize()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCounters:
     """Where KV blocks are, and what became of them; all but the first three grow from the start."""
@@ -39,7 +42,7 @@ class InstanceView:
     num_computed_tokens: int
     num_preemptions: int
     num_failures: int = 0
-    last_step: StepSize = StepSize()  # of those completed
+    last_step: StepSize = _NO_STEP  # of those completed
     kv: KVCounters = KVCounters()
 
     @property

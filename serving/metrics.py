@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,7 +27,7 @@ _OTHER = "other"
 _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _SERVED = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 # Counters of a view, by the metric they feed.
-_VIEW_COUNTERS = {
+_VIEW_COUNTERS: dict[str, Callable[[InstanceView], int]] = {
     "steps": lambda view: view.num_steps,
     "computed_tokens": lambda view: view.num_computed_tokens,
     "preemptions": lambda view: view.num_preemptions,

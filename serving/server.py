@@ -22,6 +22,7 @@ from serving.cluster.inproc import InProcessHandle
 from serving.config import ServeConfig
 from serving.errors import UserError
 from serving.metrics import Metrics
+from serving.status import report_status, watch_event_loop
 from serving.text.chat import ChatTemplate
 from serving.text.tokenizer import TextCodec, fake_codec, load_codec
 
@@ -82,9 +83,15 @@ async def serve(
         metrics=metrics,
         started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
     )
+    watchers = [
+        asyncio.create_task(report_status(metrics)),
+        asyncio.create_task(watch_event_loop(metrics.event_loop_lag)),
+    ]
     try:
         return await _serve_http(service, listener, on_ready)
     finally:
+        for watcher in watchers:
+            watcher.cancel()
         await driver.stop()
 
 
@@ -110,6 +117,7 @@ async def _serve_http(
     server = _HttpServer(
         uvicorn.Config(
             create_app(service),
+            log_config=None,  # its messages go where ours go
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -11,6 +11,7 @@ from engine.build import StartupTimes
 from engine.config import EngineConfig
 from serving.config import ServeConfig, ServeFlags, parse_bytes
 from serving.errors import UserError
+from serving.logs import configure
 from serving.progress import TerminalProgress
 
 FAKE_MODEL_NAME = "fake"
@@ -23,6 +24,7 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     for what the user can mend.
     """
     check_flags(flags)
+    configure(as_json=flags.log_json, level=flags.log_level)
     with TerminalProgress() as progress:
         times = StartupTimes(progress)
         with times.phase("import", "importing"):
@@ -41,6 +43,7 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
             from serving.ready import ready_block
 
             times.seconds["total"] = time.perf_counter() - started_at_s
+            service.metrics.started_up(times.seconds)
             progress.close()
             print(ready_block(config, service.ready, times.seconds), flush=True)  # noqa: T201
 

@@ -39,6 +39,7 @@ from scheduler.types import (
     StartedEvent,
     TokenEvent,
 )
+from serving import logs
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.inspection import Inspections
 from serving.cluster.streams import RequestStream, StreamGroup, StreamTable
@@ -102,9 +103,7 @@ class ClusterDriver:
         """Run the requests; all of them, or none. Raises RequestError when one is refused."""
         group = StreamGroup()
         for spec in specs:
-            stream = RequestStream(
-                spec, self._codec, stops, group.wake, arrived_at_s=self._clock()
-            )
+            stream = RequestStream(spec, self._codec, stops, group.wake, arrived_at_s=self._clock())
             self._streams.add(stream)
             self._idle.clear()
             group.streams.append(stream)
@@ -194,7 +193,7 @@ class ClusterDriver:
             case StepEvents():
                 self._on_step(instance_id, report)
             case Failed(cause):
-                log.error("instance %s failed: %s", instance_id, cause)
+                logs.event(log, logging.ERROR, "instance failed", instance=instance_id, cause=cause)
                 self._metrics.instance_down(instance_id)
                 self._inspections.lost(instance_id)
                 self._handle(InstanceDown(instance_id))
@@ -248,7 +247,8 @@ class ClusterDriver:
         self._metrics.finished(event.num_preemptions)
         stream = self._streams.get(event.request_id)
         if event.reason is FinishReason.ERROR:
-            log.error("request %s failed in the model: %s", event.request_id, event.error)
+            failed = {"request_id": event.request_id, "cause": event.error}
+            logs.event(log, logging.ERROR, "a request failed in the model", **failed)
             self._fail(event.request_id, GenerationFailed(event.error))
         elif stream is not None:
             self._end(stream, event.reason)
@@ -273,6 +273,22 @@ class ClusterDriver:
     def _forget(self, stream: RequestStream, outcome: str) -> None:
         self._streams.remove(stream.spec.request_id)
         stream.marks.ended(self._clock())
-        self._metrics.ended(outcome, stream.spec, stream.num_cached_tokens, stream.times)
+        times = stream.times
+        self._metrics.ended(outcome, stream.spec, stream.num_cached_tokens, times)
+        if log.isEnabledFor(logging.DEBUG):
+            logs.event(
+                log,
+                logging.DEBUG,
+                "ended",
+                request_id=stream.spec.request_id,
+                outcome=outcome,
+                num_prompt_tokens=len(stream.spec.prompt_token_ids),
+                num_cached_tokens=stream.num_cached_tokens,
+                num_output_tokens=times.num_tokens,
+                queue_s=times.queue_s,
+                ttft_s=times.ttft_s,
+                decode_s=times.decode_s,
+                e2e_s=times.e2e_s,
+            )
         if not len(self._streams):
             self._idle.set()

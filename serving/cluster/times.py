@@ -79,9 +79,7 @@ class RequestMarks:
         return RequestTimes(
             queue_s=self.queue_s,
             ttft_s=None if first_at_s is None else first_at_s - self.arrived_at_s,
-            decode_s=None
-            if first_at_s is None or last_at_s is None
-            else last_at_s - first_at_s,
+            decode_s=None if first_at_s is None or last_at_s is None else last_at_s - first_at_s,
             e2e_s=None if ended_at_s is None else ended_at_s - self.arrived_at_s,
             num_tokens=self.num_tokens,
         )

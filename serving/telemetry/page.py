@@ -1,4 +1,4 @@
-"""The pages that Prometheus reads, native and with vLLM's names. The only user of prometheus_client.
+"""The pages that Prometheus reads, in our names and in vLLM's. The only user of prometheus_client.
 
 Both show the same cells at the same moment. There is one registry for each page and no multiprocess
 mode: instances report to this process, which counts.

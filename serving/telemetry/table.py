@@ -39,7 +39,7 @@ _REASONS = tuple(reason.value for reason in RejectReason)
 _ARRIVAL = "a request is accepted (driver)"
 _STARTED = "its first step is complete (instance's `StartedEvent`)"
 _FIRST = "its first token is delivered (driver)"
-_TOKEN = "a token is delivered (driver)"
+_DELIVERED = "a token is delivered (driver)"
 _ENDED = "a request ends (driver)"
 _SERVED = "a request ends with stop or length (driver)"
 _FINISHED = "a request is over at its instance (`FinishedEvent`)"
@@ -92,7 +92,7 @@ TABLE: tuple[Metric, ...] = (
         buckets=_TTFT_S, vllm=Alias("time_to_first_token_seconds"), dashboard="overview",
     ),
     Metric(
-        "histogram", "inter_token_latency_seconds", "Between two tokens of a request", _TOKEN,
+        "histogram", "inter_token_latency_seconds", "Between two tokens of a request", _DELIVERED,
         buckets=_ITL_S, vllm=Alias("inter_token_latency_seconds"), dashboard="overview",
     ),
     Metric(
@@ -132,7 +132,7 @@ TABLE: tuple[Metric, ...] = (
         vllm=Alias("prompt_tokens_cached"), dashboard="engine",
     ),
     Metric(
-        "counter", "generation_tokens", "Tokens delivered", _TOKEN,
+        "counter", "generation_tokens", "Tokens delivered", _DELIVERED,
         vllm=Alias("generation_tokens"), dashboard="overview",
     ),
     Metric(
