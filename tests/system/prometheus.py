@@ -78,9 +78,9 @@ async def watch(duration_s: float) -> list[str]:
             with prometheus(Path(folder), url) as source:
                 await asyncio.sleep(3)
                 result = Path(folder) / "load.json"
-                start_s = time.time()
+                start_s = time.time()  # noqa: TID251 (Prometheus's clock)
                 await asyncio.to_thread(send_load, url, result, duration_s)
-                end_s = time.time()
+                end_s = time.time()  # noqa: TID251
                 await asyncio.sleep(2.5)  # two scrapes more
                 page = get(f"{url}/metrics")
                 return [
@@ -132,13 +132,15 @@ def send_load(url: str, result: Path, duration_s: float) -> None:
 
 def get(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=10) as answer:
-        return answer.read()
+        page: bytes = answer.read()
+        return page
 
 
 def ask(source: str, path: str, **parameters: object) -> list[dict]:
     answer = json.loads(get(f"{source}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"))
     assert answer["status"] == "success", answer
-    return answer["data"]["result"]
+    found: list[dict] = answer["data"]["result"]
+    return found
 
 
 def panels():
