@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from serving.config import ServeConfig, ServeFlags, parse_bytes
 from serving.errors import UserError
 from serving.logs import configure
-from serving.progress import TerminalProgress
+from serving.progress import LoggedProgress, Progress, TerminalProgress
 
 FAKE_MODEL_NAME = "fake"
 
@@ -25,7 +25,7 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     """
     check_flags(flags)
     configure(as_json=flags.log_json, level=flags.log_level)
-    with TerminalProgress() as progress:
+    with LoggedProgress() if flags.log_json else TerminalProgress() as progress:
         times = StartupTimes(progress)
         with times.phase("import", "importing"):
             from serving.api.service import Service
@@ -112,7 +112,7 @@ def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int)
     )
 
 
-def _find_model(model: str | None, progress: TerminalProgress) -> tuple[str, Path]:
+def _find_model(model: str | None, progress: Progress) -> tuple[str, Path]:
     from serving.store.local import resolve
 
     stored = resolve(model, progress)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import io
 import json
 import logging
+import socket
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -13,6 +16,7 @@ from serving import logs, status
 from serving.metrics import Metrics, Totals
 from serving.status import status_fields
 from tests.serving.scripted import Script, Server, encode, says
+from tests.serving.servers import running_server
 
 EVIL = 'a"b\nWARNING forged\r\x1b[31mred\x1b[0m\u2028\x00\u202e é 日本'
 
@@ -144,6 +148,31 @@ def test_at_info_only_failures_have_a_line(log):
     assert "status=500" in answered
     request_id = answered.partition("request_id=")[2].split()[0]
     assert f"request_id={request_id}-0" in failed
+
+
+def test_a_server_with_log_json_writes_nothing_else_and_uvicorn_does_so_too():
+    with running_server("--fake", "--log-json", "--log-level", "debug") as server:
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname, address.port), timeout=10) as peer:
+            peer.sendall(b"no\x1b[31mHTTP " + CANARY.encode() + b"\r\n\r\n")
+            assert b"400" in peer.recv(100)
+        connection = http.client.HTTPConnection(address.netloc, timeout=10)
+        headers = {"Authorization": f"Bearer {CANARY}", "X-Request-Id": "mine"}
+        connection.request(
+            "POST", f"/v1/completions?{CANARY}", f'{{"prompt": "{CANARY}"}}', headers
+        )
+        assert connection.getresponse().read()
+        connection.close()
+        assert server.terminate() == 0
+        written = server.process.stderr.read()
+    documents = [json.loads(line) for line in written.splitlines()]
+    messages = [document["message"] for document in documents]
+    assert messages[0] == "starting"
+    assert any(document["logger"].startswith("uvicorn") for document in documents)
+    assert CANARY not in written
+    (answered,) = [document for document in documents if document["message"] == "answered"]
+    assert answered["client_request_id"] == "mine"
+    assert {document["level"] for document in documents} <= {"debug", "info", "warning"}
 
 
 # --- the status line ---
