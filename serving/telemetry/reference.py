@@ -39,7 +39,8 @@ them, for gateways (the endpoint picker of the Gateway API Inference Extension r
 three gauges, and block size and count as labels of `vllm:cache_config_info`) and for dashboards
 made for vLLM. It is a page of its own, because names with a colon do not pass `promtool check
 metrics`, and because nobody wants every number stored twice: scrape one of the two. A gateway is
-told the path: the endpoint picker by `--model-server-metrics-path=/metrics/vllm`.
+told the path: `--model-server-metrics-path=/metrics/vllm` of the endpoint picker, or the same in
+its configuration.
 
 The label `model` is `model_name` there, and `instance` is `engine`. Buckets are ours, which are
 vLLM's and some more. What differs from vLLM: metrics that are not of an instance have no `engine`;
