@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: serve test check fmt bench exact invariant fuzz replay faults mutants clients clean
+.PHONY: serve test check fmt bench exact invariant fuzz replay faults mutants clients system clean
 
 serve: $(VENV)/serve.stamp ## serve SmolLM2-135M-Instruct on http://127.0.0.1:8000 (ARGS="..." adds flags)
 	@$(BIN)/hocket serve $(ARGS)
@@ -48,11 +48,11 @@ faults: $(VENV)/dev.stamp ## kill and freeze the process of the model under load
 mutants: $(VENV)/dev.stamp ## plant known bugs in copies of the tree, and see that the tests find each (minutes)
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-clients: $(VENV)/dev.stamp ## run openai, LangChain, LiteLLM, lm-eval, vLLM's bench and guidellm against real servers (ARGS="openai_sdk")
-	$(BIN)/python -m tests.clients $(ARGS)
-
 clients: $(VENV)/dev.stamp ## run unmodified clients of others against real servers (ARGS="openai_sdk" runs one)
 	$(BIN)/python -m tests.clients $(ARGS)
+
+system: $(VENV)/dev.stamp ## a real Prometheus watches a server under load (needs Debian's prometheus; 2 minutes)
+	$(BIN)/python -m tests.system.prometheus $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -58,6 +58,10 @@ class ServeFlags:
         File for every decision of the scheduler; `hocket replay FILE` makes them again.
     debug_endpoints
         Serve /debug/state: what the scheduler holds, without any token or text of a request.
+    log_json
+        Log JSON, an object a line, instead of words.
+    log_level
+        debug adds a line for each request, and the messages of exceptions, which may quote one.
     insecure
         Allow an address other than loopback, although requests carry no key.
     """
@@ -82,6 +86,8 @@ class ServeFlags:
     fake: bool = False
     decision_log: Path | None = None
     debug_endpoints: bool = False
+    log_json: bool = False
+    log_level: Literal["debug", "info", "warning"] = "info"
     insecure: bool = False
 
 

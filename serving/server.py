@@ -28,6 +28,7 @@ from serving.cluster.supervisor import Supervisor
 from serving.config import ServeConfig
 from serving.errors import RequestError
 from serving.metrics import Metrics
+from serving.status import report_status, watch_event_loop
 from serving.text.chat import ChatTemplate, chat_template
 from serving.text.tokenizer import TextCodec, fake_codec, load_codec
 
@@ -91,6 +92,10 @@ async def serve(
 
     supervisor = Supervisor(driver, make_handle)
     warming = asyncio.ensure_future(_warm(template, codec))
+    watchers = [
+        asyncio.create_task(report_status(metrics)),
+        asyncio.create_task(watch_event_loop(metrics.event_loop_lag)),
+    ]
     try:
         service = Service(
             config=config,
@@ -103,6 +108,8 @@ async def serve(
         )
         return await _serve_http(service, listener, on_ready)
     finally:
+        for watcher in watchers:
+            watcher.cancel()
         await warming
         await supervisor.stop()
         await driver.stop()
@@ -140,6 +147,7 @@ async def _serve_http(
     server = _HttpServer(
         uvicorn.Config(
             create_app(service),
+            log_config=None,  # its messages go where ours go
             log_level="warning",
             access_log=False,
             lifespan="off",

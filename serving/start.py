@@ -14,7 +14,8 @@ from serving.cluster.child import Child
 from serving.config import ServeConfig, ServeFlags, parse_bytes
 from serving.errors import UserError
 from serving.listener import bind, is_loopback
-from serving.progress import TerminalProgress
+from serving.logs import configure
+from serving.progress import LoggedProgress, Progress, TerminalProgress
 
 FAKE_MODEL_NAME = "fake"
 
@@ -26,9 +27,11 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     for what the user can mend.
     """
     check_flags(flags)
+    configure(as_json=flags.log_json, level=flags.log_level)
     # The process of the model has the longer way to go: it sets out first, and imports what it
     # needs while this one looks for the model and imports what serves HTTP.
-    with Child() as child, TerminalProgress() as progress:
+    shown = LoggedProgress() if flags.log_json else TerminalProgress()
+    with Child() as child, shown as progress:
         times = StartupTimes(progress)
         listener = bind(flags.host, flags.port)
         name, folder = FAKE_MODEL_NAME, None
@@ -45,6 +48,7 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
         def on_ready(service: Service) -> None:
             seconds = service.ready.startup_s | times.seconds
             seconds["total"] = time.perf_counter() - started_at_s
+            service.metrics.started_up(seconds)
             progress.close()
             print(ready_block(config, service.ready, seconds), flush=True)  # noqa: T201
 
@@ -117,7 +121,7 @@ def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int)
     )
 
 
-def _find_model(model: str | None, progress: TerminalProgress) -> tuple[str, Path]:
+def _find_model(model: str | None, progress: Progress) -> tuple[str, Path]:
     from serving.store.local import resolve
 
     stored = resolve(model, progress)

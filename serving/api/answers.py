@@ -73,8 +73,8 @@ async def respond(
     answer = head | {"choices": made, "usage": usage(body, group)} | form.of_all(first)
     headers = {}
     if body.return_metrics:
-        answer["metrics"] = timings(first)
-        headers["server-timing"] = server_timing(first)
+        answer["metrics"] = timings(first.times)
+        headers["server-timing"] = server_timing(first.times)
     return json_response(answer, headers=headers)
 
 
@@ -150,7 +150,7 @@ async def _chunks(
     if body.wants_usage() or body.return_metrics:
         last = head | {"choices": [], "usage": usage(body, group)}
         if body.return_metrics:
-            last["metrics"] = timings(group.streams[0])
+            last["metrics"] = timings(group.streams[0].times)
         yield last
 
 

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from serving.api import chat, completions, debug, docs_page, models, status, tokenize
+from serving.api.access import Access
 from serving.api.answers import ClientGone
 from serving.api.body_limit import BodyLimit
 from serving.api.request_id import RequestIds
@@ -33,6 +34,7 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         middleware=[
+            Middleware(Access, observe=service.metrics.http_answered),
             Middleware(RequestIds),
             Middleware(BodyLimit, max_bytes=service.config.max_body_bytes),
         ],

@@ -62,4 +62,9 @@ def router(service: Service) -> APIRouter:
     async def metrics() -> Response:
         return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
+    @routes.get("/metrics/vllm")
+    async def metrics_vllm() -> Response:
+        """The same numbers under vLLM's names, which gateways and existing dashboards read."""
+        return Response(service.metrics.render_vllm(), headers={"content-type": CONTENT_TYPE})
+
     return routes

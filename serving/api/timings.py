@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-from serving.cluster.streams import RequestStream
+from serving.cluster.times import RequestTimes
 
 
-def timings(stream: RequestStream) -> dict[str, float | None]:
+def timings(times: RequestTimes) -> dict[str, float | None]:
     """Return vLLM's `metrics` of an ended request: its names, and what it means by them.
 
     The time to the first token is from the first step; the wait before is `queue_time_ms`.
     """
-    first_s, last_s, queue_s = stream.first_token_at_s, stream.last_token_at_s, stream.queue_s
-    metrics: dict[str, float | None] = {
-        "time_to_first_token_ms": None,
-        "generation_time_ms": None,
-        "queue_time_ms": _ms(queue_s),
-        "mean_itl_ms": None,
-        "tokens_per_second": None,
+    inference_s = times.inference_s
+    return {
+        "time_to_first_token_ms": _ms(times.prefill_s),
+        "generation_time_ms": _ms(times.decode_s),
+        "queue_time_ms": _ms(times.queue_s),
+        "mean_itl_ms": _ms(times.tpot_s),
+        "tokens_per_second": round(times.num_tokens / inference_s, 3) if inference_s else None,
     }
-    if first_s is None or last_s is None or queue_s is None:
-        return metrics
-    began_s = stream.arrived_at_s + queue_s
-    metrics["time_to_first_token_ms"] = _ms(max(0.0, first_s - began_s))
-    metrics["generation_time_ms"] = _ms(last_s - first_s)
-    if stream.num_tokens > 1:
-        metrics["mean_itl_ms"] = _ms((last_s - first_s) / (stream.num_tokens - 1))
-    if last_s > began_s:
-        metrics["tokens_per_second"] = round(stream.num_tokens / (last_s - began_s), 3)
-    return metrics
 
 
-def server_timing(stream: RequestStream) -> str:
+def server_timing(times: RequestTimes) -> str:
     """Return the value of the header, which browsers' tools show as bars."""
-    metrics = timings(stream)
-    shown = {
-        "queue": metrics["queue_time_ms"],
-        "prefill": metrics["time_to_first_token_ms"],
-        "decode": metrics["generation_time_ms"],
-    }
-    return ", ".join(f"{name};dur={value}" for name, value in shown.items() if value is not None)
+    spans = {"queue": times.queue_s, "prefill": times.prefill_s, "decode": times.decode_s}
+    return ", ".join(f"{name};dur={_ms(span)}" for name, span in spans.items() if span is not None)
 
 
 def _ms(seconds: float | None) -> float | None:

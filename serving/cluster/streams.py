@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from scheduler.types import FinishReason, Logprobs, RequestId, RequestSpec
+from serving.cluster.times import RequestMarks, RequestTimes
 from serving.errors import RequestError
 from serving.text.detokenizer import PLAIN_TEXT, Detokenizer, Shown, StopFilter
 from serving.text.tokenizer import TextCodec
@@ -45,6 +46,8 @@ class RequestStream:
         stops: Sequence[str],
         wake: asyncio.Event,
         shown: Shown = PLAIN_TEXT,
+        *,
+        arrived_at_s: float = 0.0,
     ) -> None:
         self.spec = spec
         self.num_tokens = 0  # delivered
@@ -52,10 +55,7 @@ class RequestStream:
         self.prompt_logprobs: list[Logprobs] = []  # of the second token of the prompt and on
         self.finish_reason: FinishReason | None = None
         self.error: RequestError | None = None
-        self.arrived_at_s = 0.0  # these four on the driver's clock
-        self.queue_s: float | None = None
-        self.first_token_at_s: float | None = None
-        self.last_token_at_s: float | None = None
+        self.marks = RequestMarks(arrived_at_s)
         self._shown = shown
         self._detokenizer = Detokenizer(codec, skip_special_tokens=not shown.special_tokens)
         self._stop_filter = StopFilter(stops, shows_stop=shown.stop)
@@ -71,6 +71,11 @@ class RequestStream:
     @property
     def ended(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def times(self) -> RequestTimes:
+        """Where its time went so far."""
+        return self.marks.times()
 
     def take_prompt_logprobs(self, start: int, positions: Sequence[Logprobs]) -> None:
         """Keep those of prompt tokens `start` and on; a prompt computed again may repeat some."""

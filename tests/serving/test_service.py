@@ -10,6 +10,7 @@ import pytest
 from engine.messages import Abort
 from scheduler.types import FinishReason
 from serving.api import debug
+from tests.factories import make_spec
 from tests.serving.scripted import MAX_MODEL_LEN, Script, Server, encode, says
 
 
@@ -53,6 +54,20 @@ def test_metrics_count_what_the_prefix_cache_gave():
         assert server.metric("hocket_queue_time_seconds_sum") == 1.0
 
     run(scenario, cached)
+
+
+def test_a_stream_tells_where_its_time_went():
+    async def scenario(server):
+        group = server.driver.submit([make_spec("a", (1, 2), max_tokens=2)], ())
+        (stream,) = group.streams
+        assert stream.times.ttft_s is None
+        await group.whole()
+        times = stream.times
+        assert (times.queue_s, times.num_tokens) == (0.5, 2)
+        assert 0 < times.ttft_s < times.ttft_s + times.decode_s <= times.e2e_s
+        assert times.tpot_s == times.decode_s
+
+    run(scenario, says("ab"))
 
 
 # --- a request that fails in the model ---
