@@ -7,6 +7,8 @@ import socket
 
 from serving.errors import UserError
 
+ADMIN_HOST = "127.0.0.1"  # operators come from this machine, or through a tunnel to it
+
 
 def is_loopback(host: str) -> bool:
     try:

@@ -15,11 +15,14 @@ from engine.build import CannotStart, StartupTimes, build_engine
 from engine.models.errors import ModelFormatError
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import InstanceId
+from serving.access import Port
+from serving.admin_server import admin_plane, watched_keys
 from serving.api.app import create_app
 from serving.api.service import Service
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.inproc import InProcessHandle
 from serving.config import ServeConfig
+from serving.connection import MAX_HEAD_BYTES, Connection
 from serving.errors import UserError
 from serving.metrics import Metrics
 from serving.text.chat import ChatTemplate
@@ -55,7 +58,8 @@ class _HttpServer(uvicorn.Server):
 
 async def serve(
     config: ServeConfig,
-    listener: socket.socket,
+    api: Port,
+    admin: Port | None,
     times: StartupTimes,
     on_ready: Callable[[Service], None],
 ) -> bool:
@@ -83,13 +87,13 @@ async def serve(
         started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
     )
     try:
-        return await _serve_http(service, listener, on_ready)
+        return await _serve_http(service, api, admin, on_ready)
     finally:
         await driver.stop()
 
 
 async def _serve_http(
-    service: Service, listener: socket.socket, on_ready: Callable[[Service], None]
+    service: Service, api: Port, admin: Port | None, on_ready: Callable[[Service], None]
 ) -> bool:
     loop = asyncio.get_running_loop()
     drained: asyncio.Task[bool] | None = None
@@ -109,8 +113,11 @@ async def _serve_http(
 
     server = _HttpServer(
         uvicorn.Config(
-            create_app(service),
-            log_level="warning",
+            create_app(service, api.access),
+            http=Connection,
+            ws="none",
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            log_level="error",  # at "warning" everybody who connects can fill the log
             access_log=False,
             lifespan="off",
             server_header=False,
@@ -120,7 +127,9 @@ async def _serve_http(
         on_started=partial(on_ready, service),
         on_signal=partial(loop.call_soon_threadsafe, begin_drain),
     )
-    await server.serve(sockets=[listener])
+    admin_keys = None if admin is None else admin.access.keys
+    async with watched_keys(api.access.keys, admin_keys), admin_plane(service, admin):
+        await server.serve(sockets=[api.listener])
     return drained is not None and drained.done() and drained.result()
 
 

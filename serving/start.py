@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from engine.build import StartupTimes
@@ -22,20 +24,30 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     `started_at_s` is when the process began, on the clock of time.perf_counter. Raises UserError
     for what the user can mend.
     """
+    from serving.access import Port, admin_access, api_access
+    from serving.listener import ADMIN_HOST, bind
+
     check_flags(flags)
+    access = api_access(flags, os.environ)
+    for_operators = admin_access(flags, os.environ, access)
     with TerminalProgress() as progress:
         times = StartupTimes(progress)
         with times.phase("import", "importing"):
             from serving.api.service import Service
-            from serving.listener import bind
             from serving.server import serve
 
-        listener = bind(flags.host, flags.port)
+        api, admin = Port(bind(flags.host, flags.port), access), None
+        if flags.admin_port is not None:
+            admin = Port(bind(ADMIN_HOST, flags.admin_port), for_operators)
         name, folder = FAKE_MODEL_NAME, None
         if not flags.fake:
             with times.phase("model", "finding the model"):
                 name, folder = _find_model(model, progress)
-        config = make_config(flags, name, folder, port=listener.getsockname()[1])
+        config = replace(
+            make_config(flags, name, folder, port=api.listener.getsockname()[1]),
+            admin_port=None if admin is None else admin.listener.getsockname()[1],
+            num_keys=0 if access.keys is None else len(access.keys.keys.entries),
+        )
 
         def on_ready(service: Service) -> None:
             from serving.ready import ready_block
@@ -44,20 +56,13 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
             progress.close()
             print(ready_block(config, service.ready, times.seconds), flush=True)  # noqa: T201
 
-        clean = asyncio.run(serve(config, listener, times, on_ready))
+        clean = asyncio.run(serve(config, api, admin, times, on_ready))
     if not clean:
         sys.exit(1)
 
 
 def check_flags(flags: ServeFlags) -> None:
     """Raise UserError for values that cannot work, before anything slow happens."""
-    from serving.listener import is_loopback
-
-    if not is_loopback(flags.host) and not flags.insecure:
-        raise UserError(
-            f"{flags.host} is not a loopback address, and requests carry no key yet",
-            "listen on 127.0.0.1 behind a proxy that authenticates, or add --insecure",
-        )
     for name in ("max_num_running", "max_num_batched_tokens", "max_model_len", "threads"):
         value = getattr(flags, name)
         if value is not None and value < 1:
@@ -74,8 +79,10 @@ def check_flags(flags: ServeFlags) -> None:
             raise UserError(f"{_flag(name)} {value} makes no sense", "it must be 0 or more")
     if flags.served_model_name == "":
         raise UserError("--served-model-name is empty", "give a name, or leave it out")
-    if not 0 <= flags.port <= 65535:
-        raise UserError(f"--port {flags.port} is not a port", "choose 0 to 65535")
+    for name in ("port", "admin_port"):
+        value = getattr(flags, name)
+        if value is not None and not 0 <= value <= 65535:
+            raise UserError(f"{_flag(name)} {value} is not a port", "choose 0 to 65535")
 
 
 def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int) -> ServeConfig:
@@ -105,7 +112,6 @@ def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int)
         host=flags.host,
         port=port,
         drain_timeout_s=flags.drain_timeout,
-        debug_endpoints=flags.debug_endpoints,
     )
 
 

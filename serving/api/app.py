@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from serving.api import chat, completions, debug, models
+from serving.access import Access
+from serving.api import chat, completions, models
 from serving.api.answers import ClientGone
+from serving.api.auth import Authenticate
 from serving.api.body_limit import BodyLimit
+from serving.api.headers import HeaderLimits
 from serving.api.request_id import RequestIds
 from serving.api.responses import json_response
 from serving.api.service import Service
+from serving.config import ServeConfig
 from serving.errors import InvalidRequest, RequestError
 
 log = logging.getLogger(__name__)
@@ -25,18 +30,30 @@ _MAX_ERRORS = 5
 _MAX_MESSAGE_CHARS = 200
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, access: Access) -> FastAPI:
+    routers = [module.router(service) for module in (completions, chat, models)]
+    return bare_app("Hocket", routers, service.config, access)
+
+
+def bare_app(
+    title: str, routers: Iterable[APIRouter], config: ServeConfig, access: Access
+) -> FastAPI:
+    """Return an application of these routes behind the bounds and the keys that every port has."""
     app = FastAPI(
-        title="Hocket",
+        title=title,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would be to whatever Host said
         middleware=[
             Middleware(RequestIds),
-            Middleware(BodyLimit, max_bytes=service.config.max_body_bytes),
+            Middleware(HeaderLimits),
+            Middleware(Authenticate, access=access),
+            Middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s),
         ],
     )
-    for module in (completions, chat, models, debug):
-        app.include_router(module.router(service))
+    for router in routers:
+        # Not included but taken over: what serves a request is then to be found in `app.routes`.
+        app.router.routes.extend(router.routes)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -12,6 +12,8 @@ from starlette.responses import Response
 
 from scheduler.types import SamplingParams
 from serving.api import answers
+from serving.api.auth import tenant_of
+from serving.api.json_limits import JsonRoute
 from serving.api.logprobs import chat_logprobs
 from serving.api.request_id import request_id_of
 from serving.api.sampling import sampling_params
@@ -23,7 +25,7 @@ from serving.text.tokenizer import TextCodec
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/v1/chat/completions")
     async def create(body: ChatRequest, request: Request) -> Response:
@@ -35,6 +37,7 @@ def router(service: Service) -> APIRouter:
             [token_ids],
             params,
             request_id=request_id,
+            tenant=tenant_of(request),
             param="messages",
             default_max_tokens=None,
         )

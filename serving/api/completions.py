@@ -13,6 +13,8 @@ from starlette.responses import Response
 
 from scheduler.types import SamplingParams
 from serving.api import answers
+from serving.api.auth import tenant_of
+from serving.api.json_limits import JsonRoute
 from serving.api.logprobs import completion_logprobs, score_prompt
 from serving.api.request_id import request_id_of
 from serving.api.sampling import check_ids, sampling_params
@@ -27,7 +29,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/v1/completions")
     async def create(body: CompletionRequest, request: Request) -> Response:
@@ -39,6 +41,7 @@ def router(service: Service) -> APIRouter:
             [prompt.token_ids for prompt in prompts],
             params,
             request_id=request_id,
+            tenant=tenant_of(request),
             param="prompt",
             default_max_tokens=DEFAULT_MAX_TOKENS,
         )

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from serving.api.auth import public
 from serving.api.responses import json_response
 from serving.api.service import Service
 from serving.errors import NotFound
@@ -41,11 +42,13 @@ def router(service: Service) -> APIRouter:
         return json_response(card())
 
     @routes.get("/health")
+    @public
     async def health() -> Response:
         """Return 200 while an instance is up: also when draining or full, which is no illness."""
         return Response(status_code=200 if service.driver.alive else 503)
 
     @routes.get("/ready")
+    @public
     async def ready() -> Response:
         """Return 200 only when a request sent now would be served."""
         if service.driver.ready:
@@ -54,6 +57,7 @@ def router(service: Service) -> APIRouter:
         return json_response({"status": status}, 503, {"retry-after": "1"})
 
     @routes.get("/metrics")
+    @public
     async def metrics() -> Response:
         return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
