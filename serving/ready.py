@@ -60,7 +60,10 @@ def ready_block(config: ServeConfig, ready: Ready, seconds: Mapping[str, float])
     width = max(len(name) for name, _ in lines)
     block = "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
     key = '-H "Authorization: Bearer $KEY" ' if config.num_keys else ""
-    curl = f"curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n    -d '{body}'"
+    curl = (
+        f"curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n"
+        f"    -d '{body}'"
+    )
     return f"\nHocket is ready.\n\n{block}\n\nTry:\n\n  {curl}\n"
 
 

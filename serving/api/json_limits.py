@@ -107,9 +107,11 @@ def _check_depth(outside_strings: bytes) -> None:
     if brackets.count(b"[") <= MAX_DEPTH:
         return
     for _ in range(MAX_DEPTH):
-        brackets = brackets.replace(b"[]", b"")
+        before, brackets = brackets, brackets.replace(b"[]", b"")
         if not brackets:
             return
+        if len(brackets) == len(before):
+            break
     raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels, or not closed")
 
 

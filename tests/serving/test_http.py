@@ -164,8 +164,8 @@ def test_a_client_that_leaves_ends_its_request(server, stream):
     body = json.dumps(LONG | {"stream": stream}).encode()
     with socket.create_connection((host, int(port))) as raw:
         raw.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
         wait_until(lambda: metric(server, "hocket_requests_running") == 1)
     wait_until(
