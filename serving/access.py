@@ -93,11 +93,12 @@ def api_access(flags: ServeFlags, environ: MutableMapping[str, str]) -> Access:
 
 def admin_access(flags: ServeFlags, environ: MutableMapping[str, str], api: Access) -> Access:
     """Return the rules of the admin port. Raises UserError if clients' keys would open it."""
-    keys = open_store(flags.admin_keys, environ, ADMIN_KEYS)
     if flags.admin_port is None:
+        environ.pop(ADMIN_KEYS, None)
         if flags.admin_keys is not None:
             raise UserError("--admin-keys needs an admin port", "add --admin-port PORT")
         return Access()
+    keys = open_store(flags.admin_keys, environ, ADMIN_KEYS)
     if keys is None and api.keys is not None:
         raise UserError(
             "the API has keys, and the admin port has none",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -10,6 +12,8 @@ from serving.errors import HeadersTooLarge, InvalidRequest, RequestError, Unsupp
 
 MAX_FIELDS = 100
 MAX_BYTES = 64 << 10  # of names and values together, and of the target
+
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # what terminals obey; the tab is allowed
 
 
 class HeaderLimits:
@@ -36,6 +40,10 @@ def _problem(scope: Scope) -> RequestError | None:
             f"a request may have {MAX_FIELDS} header fields, and {MAX_BYTES} bytes of them and the "
             "path together"
         )
+    if scope["http_version"] not in ("1.0", "1.1"):
+        return InvalidRequest("this server speaks HTTP/1.1")
+    if any(_CONTROL.search(value) for _, value in fields):
+        return InvalidRequest("a header field holds a control character")
     headers = Headers(scope=scope)
     if "transfer-encoding" in headers and "content-length" in headers:
         # A proxy may believe one and we the other: the rest would be read as another's request.

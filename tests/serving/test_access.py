@@ -18,6 +18,7 @@ from serving.access import Access, admin_access, api_access, host_name, is_local
 from serving.config import ServeFlags
 from serving.errors import UserError
 from serving.keys import KeyStore, parse
+from serving.listener import bind
 from tests.serving.raw import request, send
 from tests.serving.servers import REPOSITORY, running_server
 
@@ -29,7 +30,7 @@ REMOTE = ("0.0.0.0", "::", "", "0", "10.0.0.1", "example.org", "::ffff:127.0.0.1
 
 @pytest.mark.parametrize(
     ("host", "keys", "insecure"),
-    itertools.product(LOCAL + REMOTE, (False, True), (False, True)),
+    list(itertools.product(LOCAL + REMOTE, (False, True), (False, True))),
 )
 def test_the_start_matrix(host, keys, insecure):
     flags, environ = ServeFlags(host=host, insecure=insecure), dict(ENVIRON) if keys else {}
@@ -54,7 +55,7 @@ def test_the_admin_port_has_keys_of_its_own():
     access = admin_access(flags, {"HOCKET_ADMIN_KEYS": f"op: {ADMIN_KEY}"}, api)
     assert (access.tenant_of(ADMIN_KEY), access.tenant_of(KEY)) == ("op", None)
     with pytest.raises(UserError, match="needs an admin port"):
-        admin_access(ServeFlags(admin_keys=Path("x")), {"HOCKET_ADMIN_KEYS": ""}, api)
+        admin_access(ServeFlags(admin_keys=Path("x")), {}, api)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,17 @@ def test_an_allowed_host_is_a_name():
 )  # fmt: skip
 def test_local_addresses(address, local):
     assert is_local_address(address) == local
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    """The protocol is said, so that asyncio sets TCP_NODELAY on what it accepts."""
+    for host in ("127.0.0.1", "::1"):
+        try:
+            listener = bind(host, 0)
+        except UserError:
+            continue  # a machine without IPv6
+        assert listener.proto == socket.IPPROTO_TCP
+        listener.close()
 
 
 # --- real servers ---

@@ -25,8 +25,8 @@ KEY = "a-key-of-forty-characters-0123456789abcd"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 BASE = {
-    COMPLETIONS: {"prompt": "x", "max_tokens": 2},
-    CHAT: {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+    COMPLETIONS: {"prompt": "x", "max_tokens": 2, "ignore_eos": True},
+    CHAT: {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "ignore_eos": True},
 }
 VOCAB_SIZE = 258  # of --fake: bytes and two special tokens
 NAN, INF = float("nan"), float("inf")
@@ -80,9 +80,17 @@ def check_served(server):
     assert json.loads(answer.body)["usage"]["completion_tokens"] == 2
 
 
+@pytest.fixture(scope="module")
+def groups():
+    return []
+
+
 @pytest.fixture
-def refused(server, slowest, request):
-    """Send a request and check that it is refused exactly so; after it a good one is served."""
+def refused(server, slowest, groups, request):
+    """Send a request and check that it is refused exactly so; good ones come between groups."""
+    if groups[-1:] != [request.node.originalname]:
+        groups.append(request.node.originalname)
+        check_served(server)
 
     def check(data, status, code, *, param=None, method="POST", end=False):
         begun = time.monotonic()
@@ -98,8 +106,7 @@ def refused(server, slowest, request):
                 assert (error["param"] or "").split(".")[0] == param, (data[:200], error)
         return answer
 
-    yield check
-    check_served(server)
+    return check
 
 
 def post(path, body):
@@ -202,12 +209,6 @@ BOUNDS = [
     *only(CHAT, "max_completion_tokens", 0, -1),
     *only(CHAT, "top_logprobs", -1, 21, 2),  # 2: without logprobs
 ]  # fmt: skip
-
-
-def shown(case):
-    path, body, param = case
-    text = json.dumps(body)
-    return f"{path.split('/')[2]}-{text[:40]}{len(text) if len(text) > 40 else ''}"
 
 
 @pytest.mark.parametrize("table", [TYPES, BOUNDS], ids=["types", "bounds"])
@@ -320,7 +321,7 @@ def test_bad_json_is_400(refused, name):
     "body",
     [
         nested(DEEP - 1),
-        b'{"prompt": "' + b"[{" * 5000 + b'", "max_tokens": 1}',
+        b'{"prompt": "' + b"[{" * 100 + b'", "max_tokens": 1}',
         b'{"prompt": "\\ud83d\\ude00", "max_tokens": 1}',
         b'{"prompt": "NaN Infinity 9007199254740993 1e999", "max_tokens": 1}',
         b'{"prompt": "x", "max_tokens": 1, "seed": 9223372036854775807}',
@@ -389,17 +390,11 @@ def test_large_bodies_are_413(refused):
     refused(request("GET", "/health", b" " * (LIMIT + 1)), 413, "request_too_large")
 
 
-def test_the_largest_body_is_read(refused):
+def test_the_largest_body_is_read(server):
     body = json.dumps(BASE[COMPLETIONS] | {"user": ""}).encode()
     body = body[:-2] + b"x" * (LIMIT - len(body)) + body[-2:]
     assert len(body) == LIMIT
-    assert send(refused.__closure__ and _url(refused), post(COMPLETIONS, body)).status == 200
-
-
-def _url(refused):
-    return next(
-        cell.cell_contents.url for cell in refused.__closure__ if hasattr(cell.cell_contents, "url")
-    )
+    assert send(server.url, post(COMPLETIONS, body)).status == 200
 
 
 def test_a_declared_length_that_is_too_short_leaves_no_request_behind(server):
@@ -437,6 +432,7 @@ def test_large_heads_are_431(refused):
 
 
 HOST = b"Host: localhost\r\n"
+POST = b"POST / HTTP/1.1\r\n" + HOST
 NO_HTTP = {
     "words": b"hello world, how are you\r\n\r\n",
     "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
@@ -448,11 +444,11 @@ NO_HTTP = {
     "nul in a value": b"GET /health HTTP/1.1\r\n" + HOST + b"A: x\x00y\r\n\r\n",
     "escape in a value": b"GET /health HTTP/1.1\r\n" + HOST + b"A: \x1b[31m\r\n\r\n",
     "bytes in the path": b"GET /\xff\xfe HTTP/1.1\r\n" + HOST + b"\r\n",
-    "two lengths": b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nx",
-    "negative length": b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n",
-    "length in words": b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: many\r\n\r\n",
-    "very long length": b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: " + b"9" * 40 + b"\r\n\r\n",
-    "other coding": b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+    "two lengths": POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nx",
+    "negative length": POST + b"Content-Length: -1\r\n\r\n",
+    "length in words": POST + b"Content-Length: many\r\n\r\n",
+    "very long length": POST + b"Content-Length: " + b"9" * 40 + b"\r\n\r\n",
+    "other coding": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
     "bad chunk": chunked(headers=CHUNKED) + b"xyz\r\nhello\r\n",
     "negative chunk": chunked(headers=CHUNKED) + b"-5\r\nhello\r\n",
     "proxy protocol": b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\nGET / HTTP/1.1\r\n\r\n",
@@ -608,7 +604,7 @@ def test_a_model_that_is_not_there_is_404_in_a_path(refused):
 def test_thousands_of_odd_requests_make_no_metric(server):
     """With `metrics_do_not_grow`: methods and paths are nobody's labels."""
     with connect(server.url) as raw:
-        for number in range(2_000):
+        for number in range(1_000):
             raw.sendall(request(f"M{number}", f"/p{number}", headers=AUTHORIZED))
             assert receive(raw).status == 404
             raw.sendall(request(f"M{number}", f"/v1/models/{number}", headers=AUTHORIZED))
