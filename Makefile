@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: serve test check fmt bench exact invariant fuzz replay mutants clean
+.PHONY: serve test check fmt bench exact invariant fuzz replay mutants schemathesis clean
 
 serve: $(VENV)/serve.stamp ## serve SmolLM2-135M-Instruct on http://127.0.0.1:8000 (ARGS="..." adds flags)
 	@$(BIN)/hocket serve $(ARGS)
@@ -44,6 +44,9 @@ replay: $(VENV)/dev.stamp ## ten minutes of mixed load with a decision log, and 
 
 mutants: $(VENV)/dev.stamp ## plant known bugs in copies of the tree, and see that the tests find each (minutes)
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+schemathesis: $(VENV)/dev.stamp ## requests made from /openapi.json, 300 an operation: no 500 (minutes; its own environment)
+	$(BIN)/python -m tests.schema $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
