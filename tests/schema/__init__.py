@@ -1,1 +1,1 @@
-"""Requests made from the server's own OpenAPI document, by schemathesis, in an environment of its own."""
+"""Requests made from the server's own OpenAPI document by schemathesis."""
