@@ -22,7 +22,7 @@ from serving.listener import bind
 from tests.serving.raw import request, send
 from tests.serving.servers import REPOSITORY, running_server
 
-KEY, ADMIN_KEY = "client-" * 4, "operator-" * 4
+KEY, OTHER_TENANT, ADMIN_KEY = "client-" * 4, "initech-" * 4, "operator-" * 4
 ENVIRON = {"HOCKET_API_KEYS": f"acme: {KEY}"}
 LOCAL = ("127.0.0.1", "127.0.0.53", "::1", "localhost")
 REMOTE = ("0.0.0.0", "::", "", "0", "10.0.0.1", "example.org", "::ffff:127.0.0.1", "127.1")
@@ -161,16 +161,10 @@ def admin_url(server) -> str:
     return server.block.partition("Admin: ")[2].split()[0]
 
 
-def test_there_are_the_listeners_that_were_asked_for_and_no_other():
-    with running_server("--fake") as server:
-        assert listeners(server.process.pid) == {("127.0.0.1", port_of(server.url))}
-        assert "no API keys" in server.block
-
-
 def test_with_keys_on_every_address(tmp_path):
     """One server, all of it: listeners, both planes, tenants, rotation by signal and by file."""
     path = tmp_path / "keys"
-    path.write_text(f"acme: {KEY}\n")
+    path.write_text(f"acme: {KEY}\ninitech: {OTHER_TENANT}\n")
     path.chmod(0o600)
     environ = {"HOCKET_ADMIN_KEYS": f"op: {ADMIN_KEY}"}
     flags = ("--fake", "--host", "0.0.0.0", "--api-keys", str(path), "--admin-port", "0")
@@ -180,7 +174,7 @@ def test_with_keys_on_every_address(tmp_path):
             ("0.0.0.0", port_of(server.url)),
             ("127.0.0.1", port_of(admin_url(server))),
         }
-        assert "1 API key " in server.block
+        assert "2 API keys " in server.block
         assert "Bearer $KEY" in server.block
         for secret in (KEY, ADMIN_KEY):
             assert secret.encode() not in Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
@@ -198,6 +192,19 @@ def test_with_keys_on_every_address(tmp_path):
             assert status(KEY, method, target, url) == 404
         assert status(ADMIN_KEY, "GET", "/debug/state", admin) == 200
         assert status("none", "GET", "/health", admin) == 401
+
+        # One tenant's computed prompt is nobody else's to find, whatever salt they give.
+        def num_cached(key, **more):
+            body = json.dumps({"prompt": "x" * 200, "max_tokens": 1} | more).encode()
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = send(url, request("POST", "/v1/completions", body, headers))
+            return json.loads(answer.body)["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert num_cached(KEY) == 0
+        assert num_cached(KEY) > 0
+        assert num_cached(OTHER_TENANT) == num_cached(OTHER_TENANT, cache_salt="acme") == 0
+        assert num_cached(OTHER_TENANT, cache_salt="acme") > 0
+        assert num_cached(KEY, cache_salt="acme") == 0
 
         # A new key beside the old one, by signal; then the old one goes, by time.
         other = "another-" * 4
@@ -252,6 +259,9 @@ def test_what_cannot_start_says_why_and_how():
 def test_web_pages_reach_neither_port_of_a_server_without_keys():
     """DNS rebinding carries a foreign Host, a page's own request a foreign Origin."""
     with running_server("--fake", "--admin-port", "0") as server:
+        ours = {("127.0.0.1", port_of(url)) for url in (server.url, admin_url(server))}
+        assert listeners(server.process.pid) == ours
+        assert "no API keys" in server.block
         body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
         for headers in (
             {"Host": "evil.example:80"},

@@ -28,7 +28,7 @@ def depth(value):
     return 0
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(value=VALUES, limit=st.integers(0, 5), ascii_only=st.booleans())
 def test_what_is_shallow_is_read_and_what_is_deep_is_not(value, limit, ascii_only):
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
@@ -41,7 +41,7 @@ def test_what_is_shallow_is_read_and_what_is_deep_is_not(value, limit, ascii_onl
                 parse_json(body)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(body=st.binary(max_size=40) | st.text('[]{}",:\\1eNu-. ', max_size=40).map(str.encode))
 def test_any_bytes_are_read_or_refused(body):
     """Never another exception; and what is read, the standard library reads alike."""
