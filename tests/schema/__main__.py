@@ -56,7 +56,7 @@ def _program() -> Path:
     if not program.exists():
         print(f"installing schemathesis {_VERSION} into {folder}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
         subprocess.run(
             [*pip, "--disable-pip-version-check", f"schemathesis=={_VERSION}"], check=True
         )

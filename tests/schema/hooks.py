@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import schemathesis
+import schemathesis  # type: ignore[import-not-found]
 
 
 @schemathesis.check

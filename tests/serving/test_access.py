@@ -157,7 +157,7 @@ def port_of(url: str) -> int:
     return int(url.rsplit(":", 1)[1])
 
 
-def admin_url(server) -> str:
+def admin_url(server):
     return server.block.partition("Admin: ")[2].split()[0]
 
 
@@ -233,7 +233,7 @@ def outside_address() -> str | None:
             probe.connect(("192.0.2.1", 9))  # sends nothing; the kernel picks the address
         except OSError:
             return None
-        address = probe.getsockname()[0]
+        address = str(probe.getsockname()[0])
     return None if address.startswith("127.") else address
 
 

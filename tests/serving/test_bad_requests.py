@@ -124,7 +124,7 @@ def only(path, name, *values):
 
 # --- fields: types and bounds ---
 
-NO_NUMBER = ("1", [], {}, [1])
+NO_NUMBER: tuple[object, ...] = ("1", [], {}, [1])
 NOT_FINITE = (NAN, INF, -INF)
 
 TYPES = [
