@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
 
-from serving.access import Port
 from serving.api.admin import create_admin_app
 from serving.api.service import Service
-from serving.connection import MAX_HEAD_BYTES, Connection
+from serving.http_connection import MAX_HEAD_BYTES, Connection
 from serving.keys import KeyStore
+from serving.ports import Port
 
 _CLOSE_TIMEOUT_S = 1
 
@@ -34,7 +34,7 @@ async def admin_plane(service: Service, port: Port | None) -> AsyncIterator[None
         return
     server = _Server(
         uvicorn.Config(
-            create_admin_app(service, port.access),
+            create_admin_app(service, port.rules),
             http=Connection,
             ws="none",
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,

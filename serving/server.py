@@ -15,16 +15,16 @@ from engine.build import CannotStart, StartupTimes, build_engine
 from engine.models.errors import ModelFormatError
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import InstanceId
-from serving.access import Port
 from serving.admin_server import admin_plane, watched_keys
 from serving.api.app import create_app
 from serving.api.service import Service
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.inproc import InProcessHandle
 from serving.config import ServeConfig
-from serving.connection import MAX_HEAD_BYTES, Connection
 from serving.errors import UserError
+from serving.http_connection import MAX_HEAD_BYTES, Connection
 from serving.metrics import Metrics
+from serving.ports import Port
 from serving.text.chat import ChatTemplate
 from serving.text.tokenizer import TextCodec, fake_codec, load_codec
 
@@ -113,7 +113,7 @@ async def _serve_http(
 
     server = _HttpServer(
         uvicorn.Config(
-            create_app(service, api.access),
+            create_app(service, api.rules),
             http=Connection,
             ws="none",
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
@@ -127,8 +127,8 @@ async def _serve_http(
         on_started=partial(on_ready, service),
         on_signal=partial(loop.call_soon_threadsafe, begin_drain),
     )
-    admin_keys = None if admin is None else admin.access.keys
-    async with watched_keys(api.access.keys, admin_keys), admin_plane(service, admin):
+    admin_keys = None if admin is None else admin.rules.keys
+    async with watched_keys(api.rules.keys, admin_keys), admin_plane(service, admin):
         await server.serve(sockets=[api.listener])
     return drained is not None and drained.done() and drained.result()
 

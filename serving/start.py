@@ -24,19 +24,19 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     `started_at_s` is when the process began, on the clock of time.perf_counter. Raises UserError
     for what the user can mend.
     """
-    from serving.access import Port, admin_access, api_access
     from serving.listener import ADMIN_HOST, bind
+    from serving.ports import Port, admin_rules, api_rules
 
     check_flags(flags)
-    access = api_access(flags, os.environ)
-    for_operators = admin_access(flags, os.environ, access)
+    rules = api_rules(flags, os.environ)
+    for_operators = admin_rules(flags, os.environ, rules)
     with TerminalProgress() as progress:
         times = StartupTimes(progress)
         with times.phase("import", "importing"):
             from serving.api.service import Service
             from serving.server import serve
 
-        api, admin = Port(bind(flags.host, flags.port), access), None
+        api, admin = Port(bind(flags.host, flags.port), rules), None
         if flags.admin_port is not None:
             admin = Port(bind(ADMIN_HOST, flags.admin_port), for_operators)
         name, folder = FAKE_MODEL_NAME, None
@@ -46,7 +46,7 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
         config = replace(
             make_config(flags, name, folder, port=api.listener.getsockname()[1]),
             admin_port=None if admin is None else admin.listener.getsockname()[1],
-            num_keys=0 if access.keys is None else len(access.keys.keys.entries),
+            num_keys=0 if rules.keys is None else len(rules.keys.keys.entries),
         )
 
         def on_ready(service: Service) -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from fastapi import APIRouter, FastAPI
 from starlette.responses import Response
 
-from serving.access import Access
 from serving.api.app import bare_app
 from serving.api.responses import json_response
 from serving.api.service import Service
+from serving.ports import PortRules
 
 _TIMEOUT_S = 5.0
 
 
-def create_admin_app(service: Service, access: Access) -> FastAPI:
-    return bare_app("Hocket's admin plane", [_router(service)], service.config, access)
+def create_admin_app(service: Service, rules: PortRules) -> FastAPI:
+    return bare_app("Hocket's admin plane", [_router(service)], service.config, rules)
 
 
 def _router(service: Service) -> APIRouter:

@@ -11,7 +11,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from serving.access import Access
 from serving.api import chat, completions, models
 from serving.api.answers import ClientGone
 from serving.api.auth import Authenticate
@@ -22,6 +21,7 @@ from serving.api.responses import json_response
 from serving.api.service import Service
 from serving.config import ServeConfig
 from serving.errors import InvalidRequest, RequestError
+from serving.ports import PortRules
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +30,13 @@ _MAX_ERRORS = 5
 _MAX_MESSAGE_CHARS = 200
 
 
-def create_app(service: Service, access: Access) -> FastAPI:
+def create_app(service: Service, rules: PortRules) -> FastAPI:
     routers = [module.router(service) for module in (completions, chat, models)]
-    return bare_app("Hocket", routers, service.config, access)
+    return bare_app("Hocket", routers, service.config, rules)
 
 
 def bare_app(
-    title: str, routers: Iterable[APIRouter], config: ServeConfig, access: Access
+    title: str, routers: Iterable[APIRouter], config: ServeConfig, rules: PortRules
 ) -> FastAPI:
     """Return an application of these routes behind the bounds and the keys that every port has."""
     app = FastAPI(
@@ -47,7 +47,7 @@ def bare_app(
         middleware=[
             Middleware(RequestIds),
             Middleware(HeaderLimits),
-            Middleware(Authenticate, access=access),
+            Middleware(Authenticate, rules=rules),
             Middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s),
         ],
     )

@@ -16,10 +16,10 @@ from starlette.datastructures import Headers
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.access import Access, is_local_address
 from serving.api.refusal import refuse
 from serving.errors import HostNotAllowed, RequestError, Unauthorized
 from serving.keys import DEFAULT_TENANT
+from serving.ports import PortRules, is_local_address
 
 _MARK = "hocket_public"
 
@@ -41,9 +41,9 @@ def tenant_of(request: Request) -> str:
 class Authenticate:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, rules: PortRules) -> None:
         self._app = app
-        self._access = access
+        self._rules = rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -61,15 +61,15 @@ class Authenticate:
     def _admit(self, scope: Scope) -> str:
         """Return the tenant. Raises Unauthorized, HostNotAllowed."""
         headers = Headers(scope=scope)
-        tenant = self._access.tenant_of(_bearer(headers))
-        if self._access.keys is not None and tenant is None and not _open_to_all(scope):
+        tenant = self._rules.tenant_of(_bearer(headers))
+        if self._rules.keys is not None and tenant is None and not _open_to_all(scope):
             raise Unauthorized
         self._check_host(headers, has_key=tenant is not None)
         return tenant or DEFAULT_TENANT
 
     def _check_host(self, headers: Headers, *, has_key: bool) -> None:
         host = headers.get("host", "")
-        if not self._access.allows_host(host, has_key=has_key):
+        if not self._rules.allows_host(host, has_key=has_key):
             raise HostNotAllowed(
                 "this server does not answer to the host name of this request; its operator can "
                 "allow it with --allowed-hosts"
@@ -83,7 +83,7 @@ class Authenticate:
 
     def _allows_origin(self, origin: str) -> bool:
         """A page's own requests to loopback carry an honest Host, but its Origin tells."""
-        return self._access.allows_host(_netloc(origin), has_key=False)
+        return self._rules.allows_host(_netloc(origin), has_key=False)
 
 
 def _bearer(headers: Headers) -> str:

@@ -19,7 +19,6 @@ from scheduler.types import (
     StartedEvent,
     TokenEvent,
 )
-from serving.access import Access
 from serving.api.admin import create_admin_app
 from serving.api.app import create_app
 from serving.api.service import Service
@@ -27,6 +26,7 @@ from serving.cluster import wire
 from serving.cluster.driver import ClusterDriver
 from serving.config import ServeConfig
 from serving.metrics import Metrics
+from serving.ports import PortRules
 from serving.text.chat import ChatTemplate
 from serving.text.tokenizer import fake_codec
 from tests.factories import make_geometry
@@ -173,8 +173,8 @@ class Server:
             metrics=self.metrics,
             started_at=0,
         )
-        self._app = create_app(service, Access(any_host=True))
-        self._admin_app = create_admin_app(service, Access(any_host=True))
+        self._app = create_app(service, PortRules(any_host=True))
+        self._admin_app = create_admin_app(service, PortRules(any_host=True))
         return self
 
     async def __aexit__(self, *_):

@@ -15,9 +15,9 @@ import pytest
 from starlette.routing import Match
 
 from engine.config import EngineConfig
-from serving.access import Access
 from serving.api.app import create_app
 from serving.config import ServeConfig
+from serving.ports import PortRules
 from tests.serving.raw import connect, receive, request, send
 from tests.serving.servers import running_server
 
@@ -475,7 +475,7 @@ PUBLIC = {"/health", "/ready", "/metrics"}
 
 def routes():
     config = ServeConfig(engine=EngineConfig(model_name="fake", model_folder=None))
-    app = create_app(SimpleNamespace(config=config), Access())
+    app = create_app(SimpleNamespace(config=config), PortRules())
     return app.routes
 
 

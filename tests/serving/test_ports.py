@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from serving.access import Access, admin_access, api_access, host_name, is_local_address
 from serving.config import ServeFlags
 from serving.errors import UserError
 from serving.keys import KeyStore, parse
 from serving.listener import bind
+from serving.ports import PortRules, admin_rules, api_rules, host_name, is_local_address
 from tests.serving.raw import request, send
 from tests.serving.servers import REPOSITORY, running_server
 
@@ -36,26 +36,26 @@ def test_the_start_matrix(host, keys, insecure):
     flags, environ = ServeFlags(host=host, insecure=insecure), dict(ENVIRON) if keys else {}
     if host in REMOTE and not keys and not insecure:
         with pytest.raises(UserError, match="not a loopback address") as error:
-            api_access(flags, environ)
+            api_rules(flags, environ)
         assert "--insecure" in error.value.remedy
         return
-    access = api_access(flags, environ)
-    assert (access.keys is not None) == keys
-    assert access.any_host == (host in REMOTE and not keys)
+    rules = api_rules(flags, environ)
+    assert (rules.keys is not None) == keys
+    assert rules.any_host == (host in REMOTE and not keys)
 
 
 def test_the_admin_port_has_keys_of_its_own():
-    api = api_access(ServeFlags(), dict(ENVIRON))
+    api = api_rules(ServeFlags(), dict(ENVIRON))
     flags = ServeFlags(admin_port=0)
-    assert admin_access(flags, {}, Access()).keys is None
+    assert admin_rules(flags, {}, PortRules()).keys is None
     with pytest.raises(UserError, match="the admin port has none"):
-        admin_access(flags, {}, api)
+        admin_rules(flags, {}, api)
     with pytest.raises(UserError, match="an admin key too"):
-        admin_access(flags, {"HOCKET_ADMIN_KEYS": f"op: {KEY}"}, api)
-    access = admin_access(flags, {"HOCKET_ADMIN_KEYS": f"op: {ADMIN_KEY}"}, api)
-    assert (access.tenant_of(ADMIN_KEY), access.tenant_of(KEY)) == ("op", None)
+        admin_rules(flags, {"HOCKET_ADMIN_KEYS": f"op: {KEY}"}, api)
+    rules = admin_rules(flags, {"HOCKET_ADMIN_KEYS": f"op: {ADMIN_KEY}"}, api)
+    assert (rules.tenant_of(ADMIN_KEY), rules.tenant_of(KEY)) == ("op", None)
     with pytest.raises(UserError, match="needs an admin port"):
-        admin_access(ServeFlags(admin_keys=Path("x")), {}, api)
+        admin_rules(ServeFlags(admin_keys=Path("x")), {}, api)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_host_names_are_read(header, name):
     "host", ["localhost", "127.0.0.1:1", "[::1]:1", "a.localhost", "127.9.9.9"]
 )
 def test_loopback_names_are_always_allowed(host):
-    for access in (Access(), Access(hosts=frozenset({"llm.example.org"}))):
-        assert access.allows_host(host, has_key=False)
+    for rules in (PortRules(), PortRules(hosts=frozenset({"llm.example.org"}))):
+        assert rules.allows_host(host, has_key=False)
 
 
 @pytest.mark.parametrize(
@@ -91,21 +91,21 @@ def test_loopback_names_are_always_allowed(host):
     ["evil.com", "localhost.evil.com", "127.0.0.1.nip.io", "evil-localhost", "10.0.0.1", "", "0"],
 )
 def test_other_names_need_a_key_or_a_word(host):
-    assert not Access().allows_host(host, has_key=False)
-    keyed = Access(KeyStore(parse(f"a: {KEY}", "f")))
+    assert not PortRules().allows_host(host, has_key=False)
+    keyed = PortRules(KeyStore(parse(f"a: {KEY}", "f")))
     assert keyed.allows_host(host, has_key=True)
     assert not keyed.allows_host(host, has_key=False)
-    assert Access(any_host=True).allows_host(host, has_key=False)
-    named = Access(keyed.keys, frozenset({"llm.example.org"}))
+    assert PortRules(any_host=True).allows_host(host, has_key=False)
+    named = PortRules(keyed.keys, frozenset({"llm.example.org"}))
     assert not named.allows_host(host, has_key=True)
     assert named.allows_host("LLM.example.org:443", has_key=False)
 
 
 def test_an_allowed_host_is_a_name():
     with pytest.raises(UserError, match="no host name"):
-        api_access(ServeFlags(allowed_hosts=("https://llm.example.org",)), {})
+        api_rules(ServeFlags(allowed_hosts=("https://llm.example.org",)), {})
     flags = ServeFlags(host="0.0.0.0", insecure=True, allowed_hosts=("llm.example.org",))
-    assert not api_access(flags, {}).any_host
+    assert not api_rules(flags, {}).any_host
 
 
 @pytest.mark.parametrize(

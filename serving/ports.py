@@ -23,7 +23,7 @@ _HOST = re.compile(r"(?:\[([0-9a-fA-F:.]{2,45})\]|([A-Za-z0-9._-]{1,253}))(?::[0
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class PortRules:
     """The rules of one port.
 
     A web page can make a browser send requests to loopback, under a name of its own choice (DNS
@@ -50,7 +50,7 @@ class Port:
     """A bound socket and its rules."""
 
     listener: socket.socket
-    access: Access
+    rules: PortRules
 
 
 def host_name(header: str) -> str:
@@ -73,7 +73,7 @@ def is_local_address(address: str) -> bool:
     return (mapped or found).is_loopback
 
 
-def api_access(flags: ServeFlags, environ: MutableMapping[str, str]) -> Access:
+def api_rules(flags: ServeFlags, environ: MutableMapping[str, str]) -> PortRules:
     """Return the rules of the API's port. Raises UserError for one that anybody could use."""
     keys = open_store(flags.api_keys, environ, API_KEYS)
     local = is_loopback(flags.host)
@@ -88,16 +88,16 @@ def api_access(flags: ServeFlags, environ: MutableMapping[str, str]) -> Access:
             "--allowed-hosts holds something that is no host name",
             "give names such as llm.example.org, without scheme or path",
         )
-    return Access(keys, hosts, any_host=keys is None and not local and not hosts)
+    return PortRules(keys, hosts, any_host=keys is None and not local and not hosts)
 
 
-def admin_access(flags: ServeFlags, environ: MutableMapping[str, str], api: Access) -> Access:
+def admin_rules(flags: ServeFlags, environ: MutableMapping[str, str], api: PortRules) -> PortRules:
     """Return the rules of the admin port. Raises UserError if clients' keys would open it."""
     if flags.admin_port is None:
         environ.pop(ADMIN_KEYS, None)
         if flags.admin_keys is not None:
             raise UserError("--admin-keys needs an admin port", "add --admin-port PORT")
-        return Access()
+        return PortRules()
     keys = open_store(flags.admin_keys, environ, ADMIN_KEYS)
     if keys is None and api.keys is not None:
         raise UserError(
@@ -110,4 +110,4 @@ def admin_access(flags: ServeFlags, environ: MutableMapping[str, str], api: Acce
             raise UserError(
                 "an API key is an admin key too", "give operators keys that no client has"
             )
-    return Access(keys)
+    return PortRules(keys)

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from serving.api.body_limit import BodyLimit
-from serving.connection import MAX_HEAD_BYTES, Connection
+from serving.http_connection import MAX_HEAD_BYTES, Connection
 from tests.serving.raw import Answer, receive
 
 
