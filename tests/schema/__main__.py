@@ -9,6 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.serving.servers import REPOSITORY, running_server
@@ -25,7 +26,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     program = _program()
-    with running_server(*_SERVER) as server:
+    with tempfile.TemporaryDirectory() as folder, running_server(*_SERVER) as server:
         done = subprocess.run(
             [
                 program, "run", f"{server.url}/openapi.json",
@@ -39,8 +40,9 @@ def main() -> int:
                 "--suppress-health-check", "all",
                 "--generation-database", "none",
             ],
-            env=os.environ | {"SCHEMATHESIS_HOOKS": "tests.schema.hooks"},
-            cwd=REPOSITORY,
+            env=os.environ
+            | {"SCHEMATHESIS_HOOKS": "tests.schema.hooks", "PYTHONPATH": str(REPOSITORY)},
+            cwd=folder,  # it leaves caches where it runs
             check=False,
         )  # fmt: skip
         if server.process.poll() is not None:
