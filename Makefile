@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: serve test check fmt bench exact invariant fuzz replay faults mutants clients system clean
+.PHONY: serve test check fmt bench exact invariant fuzz replay faults mutants clients system schemathesis clean
 
 serve: $(VENV)/serve.stamp ## serve SmolLM2-135M-Instruct on http://127.0.0.1:8000 (ARGS="..." adds flags)
 	@$(BIN)/hocket serve $(ARGS)
@@ -53,6 +53,9 @@ clients: $(VENV)/dev.stamp ## run unmodified clients of others against real serv
 
 system: $(VENV)/dev.stamp ## a real Prometheus watches a server under load (needs Debian's prometheus; 2 minutes)
 	$(BIN)/python -m tests.system.prometheus $(ARGS)
+
+schemathesis: $(VENV)/dev.stamp ## requests made from /openapi.json, 300 an operation: no 500 (minutes; its own environment)
+	$(BIN)/python -m tests.schema $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

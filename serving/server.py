@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.startup import Progress
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import InstanceId
+from serving.admin_server import admin_plane, watched_keys
 from serving.api.app import create_app
 from serving.api.service import Service
 from serving.cluster.child import Child
@@ -27,7 +28,9 @@ from serving.cluster.process import ProcessHandle
 from serving.cluster.supervisor import Supervisor
 from serving.config import ServeConfig
 from serving.errors import RequestError
+from serving.http_connection import MAX_HEAD_BYTES, Connection
 from serving.metrics import Metrics
+from serving.ports import Port
 from serving.status import report_status, watch_event_loop
 from serving.text.chat import ChatTemplate, chat_template
 from serving.text.tokenizer import TextCodec, fake_codec, load_codec
@@ -64,7 +67,8 @@ class _HttpServer(uvicorn.Server):
 
 async def serve(
     config: ServeConfig,
-    listener: socket.socket,
+    api: Port,
+    admin: Port | None,
     child: Child,
     progress: Progress,
     on_ready: Callable[[Service], None],
@@ -106,7 +110,7 @@ async def serve(
             metrics=metrics,
             started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
         )
-        return await _serve_http(service, listener, on_ready)
+        return await _serve_http(service, api, admin, on_ready)
     finally:
         for watcher in watchers:
             watcher.cancel()
@@ -126,7 +130,7 @@ async def _warm(template: ChatTemplate | None, codec: TextCodec) -> None:
 
 
 async def _serve_http(
-    service: Service, listener: socket.socket, on_ready: Callable[[Service], None]
+    service: Service, api: Port, admin: Port | None, on_ready: Callable[[Service], None]
 ) -> bool:
     loop = asyncio.get_running_loop()
     drained: asyncio.Task[bool] | None = None
@@ -146,9 +150,12 @@ async def _serve_http(
 
     server = _HttpServer(
         uvicorn.Config(
-            create_app(service),
+            create_app(service, api.rules),
+            http=Connection,
+            ws="none",
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             log_config=None,  # its messages go where ours go
-            log_level="warning",
+            log_level="error",  # at "warning" everybody who connects can fill the log
             access_log=False,
             lifespan="off",
             server_header=False,
@@ -158,7 +165,9 @@ async def _serve_http(
         on_started=partial(on_ready, service),
         on_signal=partial(loop.call_soon_threadsafe, begin_drain),
     )
-    await server.serve(sockets=[listener])
+    admin_keys = None if admin is None else admin.rules.keys
+    async with watched_keys(api.rules.keys, admin_keys), admin_plane(service, admin):
+        await server.serve(sockets=[api.listener])
     return drained is not None and drained.done() and drained.result()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -13,8 +15,9 @@ from engine.startup import StartupTimes
 from serving.cluster.child import Child
 from serving.config import ServeConfig, ServeFlags, parse_bytes
 from serving.errors import UserError
-from serving.listener import bind, is_loopback
+from serving.listener import ADMIN_HOST, bind
 from serving.logs import configure
+from serving.ports import Port, admin_rules, api_rules
 from serving.progress import LoggedProgress, Progress, TerminalProgress
 
 FAKE_MODEL_NAME = "fake"
@@ -28,17 +31,25 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     """
     check_flags(flags)
     configure(as_json=flags.log_json, level=flags.log_level)
+    rules = api_rules(flags, os.environ)
+    for_operators = admin_rules(flags, os.environ, rules)
     # The process of the model has the longer way to go: it sets out first, and imports what it
     # needs while this one looks for the model and imports what serves HTTP.
     shown = LoggedProgress() if flags.log_json else TerminalProgress()
     with Child() as child, shown as progress:
         times = StartupTimes(progress)
-        listener = bind(flags.host, flags.port)
+        api, admin = Port(bind(flags.host, flags.port), rules), None
+        if flags.admin_port is not None:
+            admin = Port(bind(ADMIN_HOST, flags.admin_port), for_operators)
         name, folder = FAKE_MODEL_NAME, None
         if not flags.fake:
             with times.phase("model", "finding the model"):
                 name, folder = _find_model(model, progress)
-        config = make_config(flags, name, folder, port=listener.getsockname()[1])
+        config = replace(
+            make_config(flags, name, folder, port=api.listener.getsockname()[1]),
+            admin_port=None if admin is None else admin.listener.getsockname()[1],
+            num_keys=0 if rules.keys is None else len(rules.keys.keys.entries),
+        )
         child.begin(config.engine)
         with times.phase("server", "importing"):
             from serving.api.service import Service
@@ -52,18 +63,13 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
             progress.close()
             print(ready_block(config, service.ready, seconds), flush=True)  # noqa: T201
 
-        clean = asyncio.run(serve(config, listener, child, progress, on_ready))
+        clean = asyncio.run(serve(config, api, admin, child, progress, on_ready))
     if not clean:
         sys.exit(1)
 
 
 def check_flags(flags: ServeFlags) -> None:
     """Raise UserError for values that cannot work, before anything slow happens."""
-    if not is_loopback(flags.host) and not flags.insecure:
-        raise UserError(
-            f"{flags.host} is not a loopback address, and requests carry no key yet",
-            "listen on 127.0.0.1 behind a proxy that authenticates, or add --insecure",
-        )
     for name in ("max_num_running", "max_num_batched_tokens", "max_model_len", "threads"):
         value = getattr(flags, name)
         if value is not None and value < 1:
@@ -85,8 +91,10 @@ def check_flags(flags: ServeFlags) -> None:
         )
     if flags.served_model_name == "":
         raise UserError("--served-model-name is empty", "give a name, or leave it out")
-    if not 0 <= flags.port <= 65535:
-        raise UserError(f"--port {flags.port} is not a port", "choose 0 to 65535")
+    for name in ("port", "admin_port"):
+        value = getattr(flags, name)
+        if value is not None and not 0 <= value <= 65535:
+            raise UserError(f"{_flag(name)} {value} is not a port", "choose 0 to 65535")
 
 
 def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int) -> ServeConfig:
@@ -117,7 +125,6 @@ def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int)
         port=port,
         drain_timeout_s=flags.drain_timeout,
         watchdog_timeout_s=flags.watchdog_timeout,
-        debug_endpoints=flags.debug_endpoints,
     )
 
 

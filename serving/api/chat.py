@@ -6,14 +6,15 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from scheduler.types import SamplingParams
 from serving.api import answers
 from serving.api.answer_schemas import ChatCompletion, answered_with
+from serving.api.auth import tenant_of
+from serving.api.json_limits import JsonRoute
 from serving.api.logprobs import chat_logprobs
-from serving.api.media_type import json_only
 from serving.api.prompts import chat_ids, truncated
 from serving.api.request_id import take_request_id
 from serving.api.sampling import sampling_params
@@ -24,7 +25,7 @@ from serving.text.tokenizer import TextCodec
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(dependencies=[Depends(json_only)])
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/v1/chat/completions", responses=answered_with(ChatCompletion, streams=True))
     async def create(body: ChatRequest, request: Request) -> Response:
@@ -37,6 +38,7 @@ def router(service: Service) -> APIRouter:
             [token_ids],
             params,
             request_id=ids.internal,
+            tenant=tenant_of(request),
             param="messages",
             default_max_tokens=None,
         )

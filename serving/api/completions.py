@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from scheduler.types import SamplingParams
 from serving.api import answers
 from serving.api.answer_schemas import Completion, answered_with
+from serving.api.auth import tenant_of
+from serving.api.json_limits import JsonRoute
 from serving.api.logprobs import completion_logprobs, score_prompt
-from serving.api.media_type import json_only
 from serving.api.prompts import Prompt, completion_prompts
 from serving.api.request_id import take_request_id
 from serving.api.sampling import sampling_params
@@ -28,7 +29,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(dependencies=[Depends(json_only)])
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/v1/completions", responses=answered_with(Completion, streams=True))
     async def create(body: CompletionRequest, request: Request) -> Response:
@@ -41,6 +42,7 @@ def router(service: Service) -> APIRouter:
             [prompt.token_ids for prompt in prompts],
             params,
             request_id=ids.internal,
+            tenant=tenant_of(request),
             param="prompt",
             default_max_tokens=DEFAULT_MAX_TOKENS,
         )

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
 from serving.api.answer_schemas import EMPTY, ModelCard, ModelList, Status, answered_with
+from serving.api.auth import public
 from serving.api.responses import json_response
 from serving.api.service import Service
 from serving.errors import NotFound
@@ -46,11 +47,13 @@ def router(service: Service) -> APIRouter:
         return json_response(card())
 
     @routes.get("/health", responses=EMPTY, response_class=Response)
+    @public
     async def health() -> Response:
         """Return 200 while an instance is up: also when draining or full, which is no illness."""
         return Response(status_code=200 if service.driver.alive else 503)
 
     @routes.get("/ready", responses={503: {"model": Status}, **answered_with(Status)})
+    @public
     async def ready() -> Response:
         """Return 200 only when a request sent now would be served."""
         if service.driver.ready:
@@ -59,10 +62,12 @@ def router(service: Service) -> APIRouter:
         return json_response({"status": status}, 503, {"retry-after": "1"})
 
     @routes.get("/metrics", response_class=PlainTextResponse)
+    @public
     async def metrics() -> Response:
         return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     @routes.get("/metrics/vllm")
+    @public
     async def metrics_vllm() -> Response:
         """The same numbers under vLLM's names, which gateways and existing dashboards read."""
         return Response(service.metrics.render_vllm(), headers={"content-type": CONTENT_TYPE})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hmac
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any
 
@@ -37,6 +38,7 @@ class Service:
     driver: ClusterDriver
     metrics: Metrics
     started_at: int  # Unix seconds, for `created` of the model card
+    boot_secret: bytes = field(default_factory=partial(secrets.token_bytes, 32), repr=False)
 
     @cached_property
     def unknown_fields(self) -> UnknownFields:
@@ -115,12 +117,14 @@ class Service:
         params: SamplingParams,
         *,
         request_id: str,
+        tenant: str,
         param: str,
         default_max_tokens: int | None,
     ) -> StreamGroup:
         """Start n choices for each prompt, in order; `param` names the prompts in errors."""
         asked = body.asked_max_tokens()
         max_tokens = default_max_tokens if asked is None else max(asked, 1)
+        salt = cache_salt(self.boot_secret, tenant, body.cache_salt or "")
         specs: list[RequestSpec] = []
         for token_ids in prompts:
             room = self._room(token_ids, param)
@@ -137,7 +141,8 @@ class Service:
                         request_id=RequestId(f"{request_id}-{len(specs)}"),
                         prompt_token_ids=tuple(token_ids),
                         params=replace(params, max_tokens=limit, seed=_seed(body), choice=choice),
-                        cache_salt=body.cache_salt or "",
+                        tenant=tenant,
+                        cache_salt=salt,
                         priority=body.priority or 0,
                     )
                 )
@@ -155,6 +160,15 @@ class Service:
         if room < 1:
             raise ContextTooLong(len(token_ids), self.ready.max_model_len, param)
         return room
+
+
+def cache_salt(boot_secret: bytes, tenant: str, given: str) -> str:
+    """Return the salt of a request's cached prefixes, which nobody outside can choose or guess.
+
+    A tenant's requests share prefixes if they give the same salt, and never with another tenant's.
+    """
+    # A tenant's name has no zero byte, so no two pairs read the same.
+    return hmac.digest(boot_secret, f"{tenant}\0{given}".encode(), "sha256").hex()
 
 
 def _seed(body: Body) -> int:

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from serving.api.answer_schemas import EMPTY, Load, Version, answered_with
+from serving.api.auth import public
 from serving.api.responses import json_response
 from serving.api.service import Service
 from serving.api.version import VERSION
@@ -26,6 +27,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/ping", responses=EMPTY, response_class=Response, operation_id="get_ping")
     @routes.post("/ping", responses=EMPTY, response_class=Response, operation_id="post_ping")
+    @public
     async def ping() -> Response:
         """Return what /health does."""
         return Response(status_code=200 if service.driver.alive else 503)

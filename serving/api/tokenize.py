@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from serving.api.answer_schemas import Detokenized, Tokenized, TokenizerInfo, answered_with
-from serving.api.media_type import json_only
+from serving.api.json_limits import JsonRoute
 from serving.api.prompts import chat_ids
 from serving.api.responses import json_response
 from serving.api.sampling import check_ids
@@ -19,16 +19,15 @@ from serving.errors import InvalidRequest
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter()
-    is_json = [Depends(json_only)]
+    routes = APIRouter(route_class=JsonRoute)
 
-    @routes.post("/tokenize", responses=answered_with(Tokenized), dependencies=is_json)
+    @routes.post("/tokenize", responses=answered_with(Tokenized))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Return the token ids of a prompt, or of messages as the model would see them."""
         service.check_names(body.model, body.model_extra)
         return json_response(await asyncio.to_thread(_tokenized, service, body))
 
-    @routes.post("/detokenize", responses=answered_with(Detokenized), dependencies=is_json)
+    @routes.post("/detokenize", responses=answered_with(Detokenized))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Return the text of token ids, special tokens included."""
         service.check_names(body.model, body.model_extra)

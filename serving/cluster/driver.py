@@ -149,10 +149,16 @@ class ClusterDriver:
                 self._fail(stream.spec.request_id, DeadlineExceeded(), "timeout")
                 self._handle(Cancelled(stream.spec.request_id))
 
+    def begin_drain(self) -> int:
+        """Refuse new requests from now on; return how many are still to end."""
+        if not self.draining:
+            self.draining = True
+            self._handle(DrainStarted())
+        return len(self._streams)
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and let those accepted end. False if some had to be cut off."""
-        self.draining = True
-        self._handle(DrainStarted())
+        self.begin_drain()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:

@@ -19,12 +19,14 @@ from scheduler.types import (
     StartedEvent,
     TokenEvent,
 )
+from serving.api.admin import create_admin_app
 from serving.api.app import create_app
 from serving.api.service import Service
 from serving.cluster import wire
 from serving.cluster.driver import ClusterDriver
 from serving.config import ServeConfig
 from serving.metrics import Metrics
+from serving.ports import PortRules
 from serving.text.chat import chat_template
 from serving.text.tokenizer import fake_codec
 from tests.factories import make_geometry
@@ -158,10 +160,9 @@ class Answer:
 class Server:
     """An API over a scripted instance; its calls are those of a client."""
 
-    def __init__(self, script_of, *, debug_endpoints=False, **engine):
+    def __init__(self, script_of, **engine):
         self.handle = ScriptedHandle(script_of)
         self.metrics = Metrics("m")
-        self._debug_endpoints = debug_endpoints
         self._engine = EngineConfig(model_name="m", model_folder=None, **engine)
 
     async def __aenter__(self):
@@ -169,7 +170,7 @@ class Server:
             ClusterScheduler(), CODEC, self.metrics, max_requests_per_instance=64
         )
         service = Service(
-            config=ServeConfig(engine=self._engine, debug_endpoints=self._debug_endpoints),
+            config=ServeConfig(engine=self._engine),
             ready=await self.driver.start(self.handle),
             codec=CODEC,
             template=TEMPLATE,
@@ -177,7 +178,8 @@ class Server:
             metrics=self.metrics,
             started_at=0,
         )
-        self._app = create_app(service)
+        self._app = create_app(service, PortRules(any_host=True))
+        self._admin_app = create_admin_app(service, PortRules(any_host=True))
         return self
 
     async def __aexit__(self, *_):
@@ -189,6 +191,9 @@ class Server:
 
     async def get(self, path):
         return await self._call("GET", path, b"")
+
+    async def admin(self, method, path):
+        return await self._call(method, path, b"", self._admin_app)
 
     async def complete(self, **body):
         return await self._post("/v1/completions", {"prompt": "Once"} | body)
@@ -202,7 +207,7 @@ class Server:
     async def _post(self, path, body):
         return await self._call("POST", path, json.dumps(body).encode())
 
-    async def _call(self, method, path, body, headers=JSON):
+    async def _call(self, method, path, body, headers=JSON, app=None):
         """One HTTP exchange as ASGI has it; the client stays until the answer is complete."""
         scope = {
             "type": "http",
@@ -224,7 +229,7 @@ class Server:
         async def send(message):
             sent.append(message)
 
-        await self._app(scope, inbox.get, send)
+        await (app or self._app)(scope, inbox.get, send)
         payload = b"".join(message.get("body", b"") for message in sent[1:])
         received = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
         return Answer(sent[0]["status"], payload.decode(), received)

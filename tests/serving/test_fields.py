@@ -74,7 +74,7 @@ def test_null_means_default():
         answers, spec = ask([(path, {"seed": 1}), (path, {"seed": 1} | dict.fromkeys(names))])
         assert [answer.status for answer in answers] == [200, 200]
         assert spec.params.repetition_penalty == 1.0
-        assert (spec.priority, spec.cache_salt) == (0, "")
+        assert spec.priority == 0
         whole, nulls = (answer.json()["choices"] for answer in answers)
         assert whole == nulls
 
@@ -187,9 +187,19 @@ def test_priorities_need_the_policy_and_say_so():
     assert (answer.status, spec.priority) == (200, -3)
 
 
-def test_a_salt_reaches_the_scheduler():
-    (answer,), spec = ask([("completions", {"cache_salt": "mine", "n": 2})])
-    assert (answer.status, spec.cache_salt) == (200, "mine")
+def test_a_salt_is_mixed_with_a_secret_and_reaches_the_scheduler():
+    async def scenario():
+        async with Server(says("a")) as server:
+            for salt in ("mine", "mine", "yours", None):
+                await server.complete(cache_salt=salt, n=2)
+            return [spec.cache_salt for spec in server.handle.specs.values()]
+
+    first, second = asyncio.run(scenario()), asyncio.run(scenario())
+    for salts in (first, second):
+        mine, mine_too, mine_again, _, yours, _, none, _ = salts
+        assert mine == mine_too == mine_again
+        assert len({mine, yours, none, "mine", ""}) == 5
+    assert not set(first) & set(second), "nobody can compute the salt of another start"
 
 
 def test_unseeded_choices_and_prompts_draw_for_themselves():
