@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
@@ -32,6 +33,7 @@ _POLL_S = 0.005
 _PATIENCE_S = 60.0
 # Every incarnation counts as one that was well.
 _PRELUDE = "from serving.cluster import supervisor; supervisor.WELL_AFTER_S = 0.0"
+Times = dict[str, list[dict[str, float]]]  # by fault, for each round
 PROPER = ("answered", "500 instance_failed", "event instance_failed, [DONE]", "503 no_instance")
 
 
@@ -95,7 +97,7 @@ class Clients:
         return "answered" if end == ", [DONE]" else f"answered{end}"
 
 
-async def until(condition, what: str) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
     deadline = time.monotonic() + _PATIENCE_S
     while not await condition():
         if time.monotonic() > deadline:
@@ -157,8 +159,8 @@ def files_of(pid: int) -> Counter[str]:
     return kinds
 
 
-async def measure(server: RunningServer, num_rounds: int) -> tuple[dict[str, list], Counter[str]]:
-    times: dict[str, list[dict[str, float]]] = {"SIGKILL": [], "SIGSTOP": []}
+async def measure(server: RunningServer, num_rounds: int) -> tuple[Times, Counter[str]]:
+    times: Times = {"SIGKILL": [], "SIGSTOP": []}
     timeout = aiohttp.ClientTimeout(total=_PATIENCE_S)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
