@@ -1,4 +1,4 @@
-# env lm_eval: lm-eval[api]==0.4.13
+# env lm_eval: lm-eval[api]==0.4.13 accelerate peft
 # host-packages
 # server: --dtype float32
 """lm-eval: `local-completions` on a task of our own, beside its own backend on the same model.
@@ -61,10 +61,12 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 
 
-def scores(folder: Path, model: str, **args: object) -> tuple[dict[str, float], list[list[float]]]:
+def scores(
+    folder: Path, backend: str, **args: object
+) -> tuple[dict[str, float], list[list[float]]]:
     """Return the metrics, and the log-likelihood of each choice of each question."""
     found = lm_eval.simple_evaluate(
-        model=model,
+        model=backend,
         model_args=args,
         tasks=["hocket_pairs"],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
