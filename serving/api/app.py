@@ -33,7 +33,9 @@ _MAX_MESSAGE_CHARS = 200
 
 def create_app(service: Service, rules: PortRules) -> FastAPI:
     modules = (completions, chat, tokenize, models, status)
-    return bare_app("Hocket", [module.router(service) for module in modules], service, rules)
+    app = bare_app("Hocket", [module.router(service) for module in modules], service, rules)
+    app.router.routes.extend(docs_page.router(app).routes)
+    return app
 
 
 def bare_app(
@@ -55,7 +57,7 @@ def bare_app(
             Middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s),
         ],
     )
-    for router in (*routers, docs_page.router(app)):
+    for router in routers:
         # Not included but taken over: what serves a request is then to be found in `app.routes`.
         app.router.routes.extend(router.routes)
     app.add_exception_handler(RequestError, _request_error)
