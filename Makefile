@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: serve test check fmt bench exact invariant fuzz replay mutants clean
+.PHONY: serve test check fmt bench exact invariant fuzz replay faults mutants clients system schemathesis clean
 
 serve: $(VENV)/serve.stamp ## serve SmolLM2-135M-Instruct on http://127.0.0.1:8000 (ARGS="..." adds flags)
 	@$(BIN)/hocket serve $(ARGS)
@@ -42,8 +42,20 @@ fuzz: $(VENV)/dev.stamp ## check the law on many random schedules (ARGS="--num 1
 replay: $(VENV)/dev.stamp ## ten minutes of mixed load with a decision log, and the log replayed
 	$(BIN)/python -m tests.bench.replay $(ARGS)
 
+faults: $(VENV)/dev.stamp ## kill and freeze the process of the model under load, 50 times (3 minutes)
+	$(BIN)/python -m tests.bench.instance_faults $(ARGS)
+
 mutants: $(VENV)/dev.stamp ## plant known bugs in copies of the tree, and see that the tests find each (minutes)
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+clients: $(VENV)/dev.stamp ## run unmodified clients of others against real servers (ARGS="openai_sdk" runs one)
+	$(BIN)/python -m tests.clients $(ARGS)
+
+system: $(VENV)/dev.stamp ## a real Prometheus watches a server under load (needs Debian's prometheus; 2 minutes)
+	$(BIN)/python -m tests.system.prometheus $(ARGS)
+
+schemathesis: $(VENV)/dev.stamp ## requests made from /openapi.json, 300 an operation: no 500 (minutes; its own environment)
+	$(BIN)/python -m tests.schema $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from engine import machine
 from engine.batch import PersistentBatch
@@ -23,6 +21,7 @@ from engine.executor import Executor
 from engine.fake import ChecksumExecutor
 from engine.messages import Ready, Report
 from engine.models.errors import NotReproducible
+from engine.startup import CannotStart, StartupTimes
 from scheduler.config import InstanceConfig
 from scheduler.costs import LinearStepCost
 from scheduler.instance.plan import Chunk, Join, StepPlan
@@ -45,44 +44,6 @@ _REVISION_SAMPLE_BYTES = 1 << 20
 FAKE_COST = LinearStepCost(
     fixed_s=0.010, token_s=0.0005, request_s=0.001, context_token_s=0.0000005
 )
-
-
-class Progress(Protocol):
-    """Where a start is: phases in turn, and how far the current one has come."""
-
-    def phase(self, name: str, total: int | None) -> None: ...
-
-    def advance(self, done: int) -> None: ...
-
-
-class StartupTimes:
-    """Seconds of each phase of a start; a phase that comes twice adds up."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str, title: str, total: int | None = None) -> Iterator[None]:
-        self._progress.phase(title, total)
-        start_s = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start_s
-
-    def advance(self, done: int) -> None:
-        self._progress.advance(done)
-
-
-class CannotStart(Exception):
-    """The machine cannot run what was asked for: `cause` and `remedy`, a line each."""
-
-    def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(cause, remedy)
-        self.cause = cause
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return self.cause
 
 
 def build_engine(

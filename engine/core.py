@@ -7,6 +7,7 @@ own and is the only one to touch both.
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -85,7 +86,7 @@ class EngineCore:
             while not self._stopping:
                 self.turn()
         except Exception as error:
-            self._emit(Failed(cause=f"{type(error).__name__}: {error}"))
+            self._emit(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
             raise
         finally:
             self._executor.close()

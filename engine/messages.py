@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from engine.config import EngineConfig
 from scheduler.load import InstanceView
 from scheduler.types import (
     FinishedEvent,
@@ -76,6 +77,7 @@ class Ready(_Message, frozen=True):
     device: str
     max_model_len: int
     geometry: KVGeometry
+    startup_s: dict[str, float] = {}  # by phase
 
 
 class Inspected(_Message, frozen=True):
@@ -88,7 +90,40 @@ class Inspected(_Message, frozen=True):
 class Failed(_Message, frozen=True):
     """The instance ended for a reason it cannot mend; all its requests are lost."""
 
-    cause: str
+    cause: str  # one line
+    trace: str = ""  # where it was, for those who look for the fault; of no fixed form
 
 
 Report = StepEvents | Inspected | Ready | Failed
+
+
+# --- how an instance in a process of its own begins; nothing of this comes after Ready ---
+
+
+class Begin(_Message, frozen=True):
+    """The first message to the process: be this instance."""
+
+    config: EngineConfig
+
+
+class PhaseBegun(_Message, frozen=True):
+    """A phase of the start; it ends the one before. `total` is in bytes or items, if known."""
+
+    title: str
+    total: int | None
+
+
+class PhaseAdvanced(_Message, frozen=True):
+    """`done` of the phase's total are done by now."""
+
+    done: int
+
+
+class CannotStart(_Message, frozen=True):
+    """The user can mend this, the instance cannot; `cause` and `remedy` are a line each."""
+
+    cause: str
+    remedy: str
+
+
+StartReport = PhaseBegun | PhaseAdvanced | CannotStart

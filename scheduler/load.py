@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class StepSize(NamedTuple):
+    """What a step computed."""
+
+    num_tokens: int = 0
+    num_requests: int = 0
+
+
+_NO_STEP = StepSize()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCounters:
-    """What became of KV blocks; all but the first grow from the instance's start."""
+    """Where KV blocks are, and what became of them; all but the first three grow from the start."""
 
     num_idle_blocks: int = 0  # cached prefixes that nobody uses now
+    num_claimed_blocks: int = 0  # free, but kept behind a request that grows
+    longest_free_run_blocks: int = 0  # of those that are free and not claimed
     num_stolen_blocks: int = 0  # taken from the slack behind another request
     num_evicted_blocks: int = 0
     num_copied_blocks: int = 0
@@ -29,6 +42,7 @@ class InstanceView:
     num_computed_tokens: int
     num_preemptions: int
     num_failures: int = 0
+    last_step: StepSize = _NO_STEP  # of those completed
     kv: KVCounters = KVCounters()
 
     @property

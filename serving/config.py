@@ -49,14 +49,29 @@ class ServeFlags:
         Threads to compute with; by default one for each core this process may use.
     drain_timeout
         Seconds that running requests get to end after SIGTERM or Ctrl-C.
+    watchdog_timeout
+        Seconds that an instance with requests may take for a step; then it is ended and started
+        again, and its requests fail.
     fake
         Serve the checksum executor instead of a model: no torch, step times from a cost table.
     decision_log
         File for every decision of the scheduler; `hocket replay FILE` makes them again.
-    debug_endpoints
-        Serve /debug/state: what the scheduler holds, without any token or text of a request.
+    log_json
+        Log JSON, an object a line, instead of words.
+    log_level
+        debug adds a line for each request, and the messages of exceptions, which may quote one.
+    api_keys
+        File of API keys, one `tenant: key` a line, that other users may not read. It is read again
+        when it changes. HOCKET_API_KEYS does the same, with commas between the entries.
+    admin_port
+        Port on 127.0.0.1 for operators: drain, and the state of the scheduler. 0 takes a free one;
+        by default there is none.
+    admin_keys
+        File of operators' keys, like --api-keys, or HOCKET_ADMIN_KEYS; needed if the API has keys.
+    allowed_hosts
+        Host names that clients may call this server by, beside loopback's.
     insecure
-        Allow an address other than loopback, although requests carry no key.
+        Serve an address other than loopback without keys: whoever reaches it may use it.
     """
 
     host: str = "127.0.0.1"
@@ -75,9 +90,15 @@ class ServeFlags:
     kv_memory: str | None = None
     threads: int | None = None
     drain_timeout: float = 30.0
+    watchdog_timeout: float = 30.0
     fake: bool = False
     decision_log: Path | None = None
-    debug_endpoints: bool = False
+    log_json: bool = False
+    log_level: Literal["debug", "info", "warning"] = "info"
+    api_keys: Path | None = None
+    admin_port: int | None = None
+    admin_keys: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
     insecure: bool = False
 
 
@@ -89,10 +110,13 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     drain_timeout_s: float = 30.0
+    watchdog_timeout_s: float = 30.0
     max_body_bytes: int = 1 << 20
     max_num_choices: int = 8  # n
     max_num_prompts: int = 64  # prompts in one completion request
-    debug_endpoints: bool = False
+    body_timeout_s: float = 60.0  # 1 MiB in that time is 17 KiB/s
+    admin_port: int | None = None
+    num_keys: int = 0  # a fact for the ready block; the keys themselves are in no setting
 
     @property
     def max_requests(self) -> int:

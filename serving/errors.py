@@ -5,16 +5,24 @@ Exception
 `-- RequestError         what a client of the API is told: message, type, param, code, status
     |-- InvalidRequest   400  the request itself is wrong
     |   `-- ContextTooLong
+    |-- Unauthorized     401  no key, or one that nobody has
+    |-- HostNotAllowed   403  called by a name that may be an attacker's
     |-- NotFound         404  no such model
+    |-- RequestTimedOut  408  the body did not come
     |-- BodyTooLarge     413
+    |-- UnsupportedMedia 415  not JSON, or compressed
+    |-- HeadersTooLarge  431
     |-- Unavailable      503  loading, draining or full: the same request may work later
     |-- GenerationFailed 500  the model failed on this request, and on no other
-    `-- InstanceLost     500  the instance that ran the request failed
+    |-- InstanceLost     500  the instance that ran the request failed
+    `-- DeadlineExceeded 504  the client's own `timeout` has passed
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+_MAX_MESSAGE_CHARS = 1000
 
 
 class UserError(Exception):
@@ -42,6 +50,8 @@ class RequestError(Exception):
     default_code: ClassVar[str] = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        if len(message) > _MAX_MESSAGE_CHARS:  # it may quote what the client sent
+            message = message[:_MAX_MESSAGE_CHARS] + "..."
         super().__init__(message)
         self.message = message
         self.param = param
@@ -60,6 +70,11 @@ class RequestError(Exception):
 
     def headers(self) -> dict[str, str]:
         return {}
+
+
+def internal_error() -> RequestError:
+    """Return what a client is told of a fault in the server itself."""
+    return RequestError("the server failed on this request; its log says why")
 
 
 class InvalidRequest(RequestError):
@@ -85,6 +100,45 @@ class NotFound(RequestError):
     status = 404
     type = "invalid_request_error"
     default_code = "model_not_found"
+
+
+class Unauthorized(RequestError):
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "No API key was given, or one that this server does not know. "
+            "Send it as: Authorization: Bearer KEY"
+        )
+
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer"}
+
+
+class HostNotAllowed(RequestError):
+    status = 403
+    type = "invalid_request_error"
+    default_code = "host_not_allowed"
+
+
+class RequestTimedOut(RequestError):
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
+
+
+class UnsupportedMedia(RequestError):
+    status = 415
+    type = "invalid_request_error"
+    default_code = "unsupported_media_type"
+
+
+class HeadersTooLarge(RequestError):
+    status = 431
+    type = "invalid_request_error"
+    default_code = "headers_too_large"
 
 
 class BodyTooLarge(RequestError):
@@ -122,3 +176,14 @@ class GenerationFailed(RequestError):
 class InstanceLost(RequestError):
     status = 500
     default_code = "instance_failed"
+
+
+class DeadlineExceeded(RequestError):
+    status = 504
+    default_code = "request_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("the request's timeout has passed", param="timeout")
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}  # it would take as long again

@@ -1,135 +1,261 @@
-"""What Prometheus sees. The only file with prometheus_client; cores return facts, this counts them.
+"""What the server counts: facts go in, each is written to the cells that `telemetry.table` names.
 
-Names carry no colons and base units, as promtool wants. No label takes a value from a client.
+It belongs to the event loop and decides nothing. What instances report grows from their start, so
+it is counted by difference; an instance that comes back starts from zero.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 
+from engine.messages import Ready
 from scheduler.load import InstanceView
-from scheduler.types import InstanceId
+from scheduler.types import FinishReason, InstanceId, RejectReason, RequestSpec
+from serving.cluster.times import RequestTimes
+from serving.telemetry.page import CONTENT_TYPE as CONTENT_TYPE
+from serving.telemetry.page import Page
+from serving.telemetry.store import MetricStore
+from serving.telemetry.table import TABLE
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_MAX_UNKNOWN_FIELDS = 50
+_OTHER = "other"
+_FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_SERVED = (FinishReason.STOP.value, FinishReason.LENGTH.value)
+# Counters of a view, by the metric they feed.
+_VIEW_COUNTERS: dict[str, Callable[[InstanceView], int]] = {
+    "steps": lambda view: view.num_steps,
+    "computed_tokens": lambda view: view.num_computed_tokens,
+    "preemptions": lambda view: view.num_preemptions,
+    "request_failures": lambda view: view.num_failures,
+    "evictions": lambda view: view.kv.num_evicted_blocks,
+    "kv_stolen_blocks": lambda view: view.kv.num_stolen_blocks,
+    "kv_copied_blocks": lambda view: view.kv.num_copied_blocks,
+    "kv_cleared_blocks": lambda view: view.kv.num_cleared_blocks,
+}
 
-# vLLM's buckets with finer low ones, as a small model on a CPU answers in milliseconds.
-_TTFT_BUCKETS = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
-    80, 160, 640,
-)  # fmt: skip
-_ITL_BUCKETS = (
-    0.0005, 0.002, 0.004, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5,
-    10, 20, 40,
-)  # fmt: skip
-_E2E_BUCKETS = (
-    0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240,
-    480, 960,
-)  # fmt: skip
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the status line is made of: gauges now, the rest since the start."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float  # of the fullest instance
+    num_prompt_tokens: float
+    num_generation_tokens: float
+    num_prefix_queries: float
+    num_prefix_hits: float
+    num_rejections: float
+    num_preemptions: float
 
 
 class Metrics:
-    """A registry of its own, so that two servers can live in one process."""
+    """Cells of its own, so that two servers can live in one process."""
 
     def __init__(self, model_name: str) -> None:
-        self._registry = CollectorRegistry()
-        self._model_name = model_name
+        store = self._store = MetricStore(TABLE)
+        self._page = Page(TABLE, store, model_name)
         self._views: dict[InstanceId, InstanceView] = {}
-        self._running = self._gauge("requests_running", "Requests that compute")
-        self._waiting = self._gauge("requests_waiting", "Requests queued at an instance")
-        self._kv_usage = self._gauge("kv_cache_usage_ratio", "KV blocks in use, 0 to 1")
-        self._up = self._gauge("instance_up", "1 while the instance serves")
-        self._steps = self._counter("steps", "Steps completed")
-        self._preemptions = self._counter("preemptions", "Requests thrown out to be recomputed")
-        self._failures = self._counter("request_failures", "Requests that the model failed on")
-        self._kv_counters = {
-            name: self._counter(f"kv_{name}", f"KV blocks {what}")
-            for name, what in (
-                ("evicted_blocks", "taken from idle prefixes"),
-                ("stolen_blocks", "taken from the slack behind another request"),
-                ("copied_blocks", "copied on write"),
-                ("cleared_blocks", "set to zero after a failure"),
-            )
-        }
-        self._kv_idle = self._gauge("kv_idle_blocks", "KV blocks that hold prefixes nobody uses")
-        self._computed = self._counter("computed_tokens", "Tokens computed, recomputation included")
-        self._requests = Counter(
-            "hocket_requests", "Requests by outcome", ["model", "outcome"], registry=self._registry
-        )
-        self._prompt_tokens = self._total("prompt_tokens", "Prompt tokens of ended requests")
-        self._output_tokens = self._total("generation_tokens", "Tokens delivered")
-        self._prefix_queries = self._total(
-            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache"
-        )
-        self._prefix_hits = self._total("prefix_cache_hits", "Prompt tokens found computed already")
-        self._ttft = self._histogram("time_to_first_token_seconds", "TTFT", _TTFT_BUCKETS)
-        self._itl = self._histogram("inter_token_latency_seconds", "ITL", _ITL_BUCKETS)
-        self._e2e = self._histogram("e2e_latency_seconds", "Arrival to end", _E2E_BUCKETS)
-        self._queue = self._histogram("queue_time_seconds", "Arrival to first step", _TTFT_BUCKETS)
-        self._step_s = self._histogram("step_seconds", "Time of a step", _ITL_BUCKETS)
+        self._unknown_fields: set[str] = set()
+        self._num_iteration_tokens = 0  # since the last report
+        # Written for every token.
+        self._generation_tokens = store.number("generation_tokens")
+        self._itl = store.histogram("inter_token_latency_seconds")
+        store.number("build_info", _version(), platform.python_version()).set(1)
+
+    # --- the pages ---
 
     def render(self) -> bytes:
         """Return the page in Prometheus text format."""
-        return generate_latest(self._registry)
+        return self._page.native()
 
-    def instance_up(self, instance_id: InstanceId, *, up: bool) -> None:
-        self._up.labels(self._model_name, instance_id).set(int(up))
+    def render_vllm(self) -> bytes:
+        """Return the same numbers under vLLM's names."""
+        return self._page.vllm()
+
+    def totals(self) -> Totals:
+        store = self._store
+        return Totals(
+            num_running=int(store.total("requests_running")),
+            num_waiting=int(store.total("requests_waiting")),
+            kv_usage=max((view.kv_usage for view in self._views.values()), default=0.0),
+            num_prompt_tokens=store.total("prompt_tokens"),
+            num_generation_tokens=store.total("generation_tokens"),
+            num_prefix_queries=store.total("prefix_cache_queries"),
+            num_prefix_hits=store.total("prefix_cache_hits"),
+            num_rejections=store.total("request_rejections"),
+            num_preemptions=store.total("preemptions"),
+        )
+
+    # --- instances ---
+
+    def instance_ready(self, instance_id: InstanceId, ready: Ready) -> None:
+        """An instance serves from now on, with this memory and window; its counts start at 0."""
+        self._views.pop(instance_id, None)
+        self._store.number("instance_up", instance_id).set(1)
+        geometry = ready.geometry
+        self._store.number(
+            "config_info",
+            instance_id,
+            ready.dtype,
+            ready.device,
+            str(geometry.block_size),
+            str(geometry.num_blocks),
+            str(geometry.num_tokens),
+            str(ready.max_model_len),
+        ).set(1)
+        for name in _VIEW_COUNTERS:
+            self._store.number(name, instance_id)
+        for name in ("requests_running", "requests_waiting", "kv_cache_usage_ratio"):
+            self._store.number(name, instance_id)
+
+    def instance_down(self, instance_id: InstanceId) -> None:
+        """An instance is gone, and all that it held; what it had counted stays counted."""
+        self._store.number("instance_up", instance_id).set(0)
+        for name in ("requests_running", "requests_waiting", "kv_cache_usage_ratio"):
+            self._store.number(name, instance_id).set(0)
+        for state in ("used", "cached", "claimed", "free"):
+            self._store.number("kv_blocks", instance_id, state).set(0)
+        self._views.pop(instance_id, None)
 
     def step(self, instance_id: InstanceId, view: InstanceView, step_s: float) -> None:
-        labels = (self._model_name, instance_id)
-        before = self._views.get(instance_id)
+        """An instance reports; `step_s` is 0 if no step was complete. Comes after its tokens."""
+        store, before = self._store, self._views.get(instance_id)
         self._views[instance_id] = view
-        self._running.labels(*labels).set(view.num_running)
-        self._waiting.labels(*labels).set(view.num_waiting)
-        self._kv_usage.labels(*labels).set(view.kv_usage)
-        for counter, name in (
-            (self._steps, "num_steps"),
-            (self._preemptions, "num_preemptions"),
-            (self._computed, "num_computed_tokens"),
-            (self._failures, "num_failures"),
+        store.number("requests_running", instance_id).set(view.num_running)
+        store.number("requests_waiting", instance_id).set(view.num_waiting)
+        store.number("kv_cache_usage_ratio", instance_id).set(view.kv_usage)
+        self._blocks(instance_id, view)
+        for name, count in _VIEW_COUNTERS.items():
+            increase = count(view) - (count(before) if before else 0)
+            store.number(name, instance_id).add(increase)
+        if view.num_steps > (before.num_steps if before else 0):
+            self._completed(instance_id, view, step_s)
+        if self._num_iteration_tokens:
+            store.histogram("iteration_tokens", instance_id).observe(self._num_iteration_tokens)
+            self._num_iteration_tokens = 0
+
+    # --- requests ---
+
+    def accepted(self, specs: Sequence[RequestSpec]) -> None:
+        """Requests of one call were accepted; those that share a prompt differ in `choice`."""
+        num_prompts = sum(spec.params.choice == 0 for spec in specs) or 1
+        choices = self._store.histogram("request_choices")
+        choices.observe(len(specs) // num_prompts, times=num_prompts)
+
+    def rejected(self, reason: RejectReason | str) -> None:
+        """A request was refused before it ran; `reason` is one of few, never a client's word."""
+        self._store.number("request_rejections", str(reason)).add()
+
+    def started(self, num_prompt_tokens: int, num_cached_tokens: int, queue_s: float) -> None:
+        """A request's first step is complete; comes before its first token."""
+        store = self._store
+        store.histogram("queue_time_seconds").observe(queue_s)
+        store.number("prompt_tokens").add(num_prompt_tokens)
+        store.number("prompt_tokens_cached").add(num_cached_tokens)
+        store.number("prefix_cache_queries").add(num_prompt_tokens)
+        store.number("prefix_cache_hits").add(num_cached_tokens)
+        self._num_iteration_tokens += num_prompt_tokens
+
+    def first_token(self, times: RequestTimes) -> None:
+        self._generation_tokens.add()
+        self._num_iteration_tokens += 1
+        self._observe("time_to_first_token_seconds", times.ttft_s)
+        self._observe("prefill_time_seconds", times.prefill_s)
+
+    def next_token(self, gap_s: float) -> None:
+        self._generation_tokens.add()
+        self._num_iteration_tokens += 1
+        self._itl.observe(gap_s)
+
+    def ended(
+        self, outcome: str, spec: RequestSpec, num_cached_tokens: int, times: RequestTimes
+    ) -> None:
+        """A request ended: stop, length, abort, error or rejected. Only the first two are served,
+        and only those have a latency to speak of.
+        """
+        self._store.number("requests", outcome).add()
+        if outcome not in _SERVED:
+            return
+        num_prompt_tokens = len(spec.prompt_token_ids)
+        self._observe("e2e_latency_seconds", times.e2e_s)
+        self._observe("time_per_output_token_seconds", times.tpot_s)
+        self._observe("decode_time_seconds", times.decode_s)
+        self._observe("inference_time_seconds", times.inference_s)
+        self._observe("request_prompt_tokens", num_prompt_tokens)
+        self._observe("request_computed_prompt_tokens", num_prompt_tokens - num_cached_tokens)
+        self._observe("request_generation_tokens", times.num_tokens)
+        self._observe("request_max_tokens", spec.params.max_tokens)
+
+    def finished(self, num_preemptions: int) -> None:
+        """A request is over at its instance, whether or not its client still waits."""
+        self._observe("request_preemptions", num_preemptions)
+
+    # --- HTTP and the server itself ---
+
+    def http_answered(self, route: str, status: int) -> None:
+        """An answer is over; `route` is a template, never the path that was asked for."""
+        self._store.number("http_requests", route, f"{status // 100}xx").add()
+
+    def unknown_field(self, name: str) -> str:
+        """A body had a field that the server does not know; return the name it is counted by.
+
+        Clients choose these names, so only the first so many that look like one are told apart.
+        """
+        if name not in self._unknown_fields:
+            if len(self._unknown_fields) < _MAX_UNKNOWN_FIELDS and _FIELD_NAME.fullmatch(name):
+                self._unknown_fields.add(name)
+            else:
+                name = _OTHER
+        self._store.number("unknown_fields", name).add()
+        return name
+
+    def started_up(self, seconds: Mapping[str, float]) -> None:
+        """The server is ready; `seconds` are of each phase and in total."""
+        for phase, phase_s in seconds.items():
+            self._store.number("startup_seconds", phase).set(phase_s)
+
+    def event_loop_lag(self, lag_s: float) -> None:
+        self._observe("event_loop_lag_seconds", lag_s)
+
+    # --- how ---
+
+    def _observe(self, name: str, value: float | None) -> None:
+        if value is not None:
+            self._store.histogram(name).observe(value)
+
+    def _completed(self, instance_id: InstanceId, view: InstanceView, step_s: float) -> None:
+        store, size = self._store, view.last_step
+        store.histogram("step_seconds", instance_id).observe(step_s)
+        store.histogram("step_tokens", instance_id).observe(size.num_tokens)
+        store.histogram("batch_size", instance_id).observe(size.num_requests)
+        now = time.time()  # noqa: TID251 (compared with Prometheus's own wall-clock time)
+        store.number("last_step_timestamp_seconds", instance_id).set(now)
+
+    def _blocks(self, instance_id: InstanceId, view: InstanceView) -> None:
+        kv = view.kv
+        num_unclaimed = view.num_free_blocks - kv.num_idle_blocks - kv.num_claimed_blocks
+        for state, num_blocks in (
+            ("used", view.num_blocks - view.num_free_blocks),
+            ("cached", kv.num_idle_blocks),
+            ("claimed", kv.num_claimed_blocks),
+            ("free", num_unclaimed),
         ):
-            increase = getattr(view, name) - (getattr(before, name) if before else 0)
-            counter.labels(*labels).inc(increase)
-        self._kv_idle.labels(*labels).set(view.kv.num_idle_blocks)
-        for name, counter in self._kv_counters.items():
-            increase = getattr(view.kv, f"num_{name}")
-            increase -= getattr(before.kv, f"num_{name}") if before else 0
-            counter.labels(*labels).inc(increase)
-        if step_s:
-            self._step_s.labels(self._model_name).observe(step_s)
+            self._store.number("kv_blocks", instance_id, state).set(num_blocks)
+        scattered = 1 - kv.longest_free_run_blocks / num_unclaimed if num_unclaimed > 0 else 0.0
+        self._store.number("kv_fragmentation_ratio", instance_id).set(scattered)
 
-    def token(self, since_arrival_s: float, since_last_s: float | None) -> None:
-        """Count a delivered token; `since_last_s` is None for a request's first."""
-        self._output_tokens.labels(self._model_name).inc()
-        if since_last_s is None:
-            self._ttft.labels(self._model_name).observe(since_arrival_s)
-        else:
-            self._itl.labels(self._model_name).observe(since_last_s)
 
-    def ended(self, outcome: str, num_prompt_tokens: int, e2e_s: float) -> None:
-        """Count a request that ended: stop, length, abort, error or rejected."""
-        self._requests.labels(self._model_name, outcome).inc()
-        if outcome != "rejected":
-            self._prompt_tokens.labels(self._model_name).inc(num_prompt_tokens)
-            self._e2e.labels(self._model_name).observe(e2e_s)
+@cache
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
 
-    def queued(self, queue_s: float) -> None:
-        self._queue.labels(self._model_name).observe(queue_s)
-
-    def prefix(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
-        """Count what a request found of its prompt when it started."""
-        self._prefix_queries.labels(self._model_name).inc(num_prompt_tokens)
-        self._prefix_hits.labels(self._model_name).inc(num_cached_tokens)
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"hocket_{name}", text, ["model", "instance"], registry=self._registry)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"hocket_{name}", text, ["model", "instance"], registry=self._registry)
-
-    def _total(self, name: str, text: str) -> Counter:
-        return Counter(f"hocket_{name}", text, ["model"], registry=self._registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(
-            f"hocket_{name}", text, ["model"], buckets=buckets, registry=self._registry
-        )
+    try:
+        return version("hocket")
+    except PackageNotFoundError:  # run from a folder of sources
+        return "unknown"

@@ -1,16 +1,22 @@
-"""How long work tells the user where it is. Owns the protocol and its two forms.
+"""How long work tells the user where it is. Owns the protocol and its forms.
 
 It never decides what is worth reporting, and never writes to stdout, which belongs to results.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
+
+from serving.logs import event
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+
+log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -29,6 +35,22 @@ class NoProgress:
     def phase(self, name: str, total: int | None) -> None: ...
 
     def advance(self, done: int) -> None: ...
+
+
+class LoggedProgress:
+    """An event in the log for each phase, where stderr is read by a machine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def phase(self, name: str, total: int | None) -> None:  # noqa: ARG002
+        event(log, logging.INFO, "starting", phase=name)
+
+    def advance(self, done: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class TerminalProgress:

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from engine.config import EngineConfig
 from engine.messages import Ready
 from serving.config import ServeConfig
+from serving.listener import ADMIN_HOST
 
 TYPICAL_TOKENS = 512  # prompt and answer of a short chat turn
 
-# What a start spends its time on, in order, with the words to show.
+# What a start spends its time on, with the words to show: first the process of the model, then, at
+# the same time, the one that serves HTTP.
 PHASES = {
     "import": "import",
-    "model": "model",
     "weights": "weights",
     "kv": "KV",
     "warm_up": "warm-up",
+    "model": "model",
+    "server": "server",
 }
 
 
@@ -51,13 +54,18 @@ def ready_block(config: ServeConfig, ready: Ready, seconds: Mapping[str, float])
             f"body {config.max_body_bytes // 1024:,} KiB",
         ),
         ("Mode", _mode(engine)),
+        ("Access", _access(config)),
         ("Started in", f"{seconds['total']:.2f} s ({phases})"),
         ("Metrics", f"{url}/metrics    Health: {url}/health    Ready: {url}/ready"),
         ("Stop", "Ctrl-C lets running requests end; twice stops at once"),
     ]
     width = max(len(name) for name, _ in lines)
     block = "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
-    curl = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'"
+    key = '-H "Authorization: Bearer $KEY" ' if config.num_keys else ""
+    curl = (
+        f"curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n"
+        f"    -d '{body}'"
+    )
     return f"\nHocket is ready.\n\n{block}\n\nTry:\n\n  {curl}\n"
 
 
@@ -69,3 +77,12 @@ def _mode(engine: EngineConfig) -> str:
         f"{engine.depth} step{'s' if engine.depth > 1 else ''} in flight",
     ]
     return ", ".join(words + ["batch-invariant"] * engine.batch_invariant)
+
+
+def _access(config: ServeConfig) -> str:
+    """Return who may ask, and where operators may."""
+    keys = f"{config.num_keys} API key{'s' if config.num_keys > 1 else ''}"
+    words = keys if config.num_keys else "no API keys: whoever reaches the port may ask"
+    if config.admin_port is None:
+        return words
+    return f"{words}    Admin: http://{ADMIN_HOST}:{config.admin_port}"

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 
 import uvicorn
 
-from engine.build import CannotStart, StartupTimes, build_engine
-from engine.models.errors import ModelFormatError
+from engine.config import EngineConfig
+from engine.startup import Progress
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import InstanceId
+from serving.admin_server import admin_plane, watched_keys
 from serving.api.app import create_app
 from serving.api.service import Service
+from serving.cluster.child import Child
 from serving.cluster.driver import ClusterDriver
-from serving.cluster.inproc import InProcessHandle
+from serving.cluster.handle import InstanceHandle
+from serving.cluster.process import ProcessHandle
+from serving.cluster.supervisor import Supervisor
 from serving.config import ServeConfig
-from serving.errors import UserError
+from serving.errors import RequestError
+from serving.http_connection import MAX_HEAD_BYTES, Connection
 from serving.metrics import Metrics
-from serving.text.chat import ChatTemplate
+from serving.ports import Port
+from serving.status import report_status, watch_event_loop
+from serving.text.chat import ChatTemplate, chat_template
 from serving.text.tokenizer import TextCodec, fake_codec, load_codec
+
+log = logging.getLogger(__name__)
 
 # After the drain only idle connections are left; uvicorn waits this long for them.
 _CLOSE_TIMEOUT_S = 3
@@ -55,11 +67,13 @@ class _HttpServer(uvicorn.Server):
 
 async def serve(
     config: ServeConfig,
-    listener: socket.socket,
-    times: StartupTimes,
+    api: Port,
+    admin: Port | None,
+    child: Child,
+    progress: Progress,
     on_ready: Callable[[Service], None],
 ) -> bool:
-    """Serve until a signal. True if every accepted request ended by itself.
+    """Serve until a signal, by `child` while it lives. True if all that was accepted ended well.
 
     Raises UserError when the model cannot be served.
     """
@@ -68,28 +82,55 @@ async def serve(
     driver = ClusterDriver(
         ClusterScheduler(), codec, metrics, max_requests_per_instance=config.max_requests
     )
-    build = partial(build_engine, config.engine, times)
+    template = chat_template(codec)
+
+    def make_handle(incarnation: int) -> InstanceHandle:
+        is_first = incarnation == 1
+        return ProcessHandle(
+            InstanceId("instance-0"),
+            config.engine if is_first else _with_new_log(config.engine),
+            watchdog_timeout_s=config.watchdog_timeout_s,
+            child=child if is_first else None,
+            progress=progress if is_first else None,
+        )
+
+    supervisor = Supervisor(driver, make_handle)
+    warming = asyncio.ensure_future(_warm(template, codec))
+    watchers = [
+        asyncio.create_task(report_status(metrics)),
+        asyncio.create_task(watch_event_loop(metrics.event_loop_lag)),
+    ]
     try:
-        ready = await driver.start(InProcessHandle(InstanceId("instance-0"), build))
-    except (ModelFormatError, CannotStart) as error:
-        raise UserError(error.cause, error.remedy) from error
-    service = Service(
-        config=config,
-        ready=ready,
-        codec=codec,
-        template=ChatTemplate(codec.template, codec.special_tokens) if codec.template else None,
-        driver=driver,
-        metrics=metrics,
-        started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
-    )
-    try:
-        return await _serve_http(service, listener, on_ready)
+        service = Service(
+            config=config,
+            ready=await supervisor.start(),
+            codec=codec,
+            template=template,
+            driver=driver,
+            metrics=metrics,
+            started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
+        )
+        return await _serve_http(service, api, admin, on_ready)
     finally:
+        for watcher in watchers:
+            watcher.cancel()
+        await warming
+        await supervisor.stop()
         await driver.stop()
 
 
+async def _warm(template: ChatTemplate | None, codec: TextCodec) -> None:
+    """Start what renders chats while the model loads. Completions need no good template."""
+    try:
+        if template is not None:
+            await asyncio.to_thread(template.start)
+            await asyncio.to_thread(codec.prepare)
+    except RequestError as error:
+        log.warning("chats cannot be served: %s", error.message)
+
+
 async def _serve_http(
-    service: Service, listener: socket.socket, on_ready: Callable[[Service], None]
+    service: Service, api: Port, admin: Port | None, on_ready: Callable[[Service], None]
 ) -> bool:
     loop = asyncio.get_running_loop()
     drained: asyncio.Task[bool] | None = None
@@ -109,8 +150,12 @@ async def _serve_http(
 
     server = _HttpServer(
         uvicorn.Config(
-            create_app(service),
-            log_level="warning",
+            create_app(service, api.rules),
+            http=Connection,
+            ws="none",
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            log_config=None,  # its messages go where ours go
+            log_level="error",  # at "warning" everybody who connects can fill the log
             access_log=False,
             lifespan="off",
             server_header=False,
@@ -120,8 +165,19 @@ async def _serve_http(
         on_started=partial(on_ready, service),
         on_signal=partial(loop.call_soon_threadsafe, begin_drain),
     )
-    await server.serve(sockets=[listener])
+    admin_keys = None if admin is None else admin.rules.keys
+    async with watched_keys(api.rules.keys, admin_keys), admin_plane(service, admin):
+        await server.serve(sockets=[api.listener])
     return drained is not None and drained.done() and drained.result()
+
+
+def _with_new_log(config: EngineConfig) -> EngineConfig:
+    """Return the settings of a later incarnation: the log of the one that was lost is kept."""
+    path = config.decision_log
+    if path is None:
+        return config
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return replace(config, decision_log=next(name for name in names if not name.exists()))
 
 
 def _codec(config: ServeConfig) -> TextCodec:

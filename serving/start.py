@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from engine.build import StartupTimes
 from engine.config import EngineConfig
+from engine.startup import StartupTimes
+from serving.cluster.child import Child
 from serving.config import ServeConfig, ServeFlags, parse_bytes
 from serving.errors import UserError
-from serving.progress import TerminalProgress
+from serving.listener import ADMIN_HOST, bind
+from serving.logs import configure
+from serving.ports import Port, admin_rules, api_rules
+from serving.progress import LoggedProgress, Progress, TerminalProgress
 
 FAKE_MODEL_NAME = "fake"
 
@@ -23,41 +30,46 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     for what the user can mend.
     """
     check_flags(flags)
-    with TerminalProgress() as progress:
+    configure(as_json=flags.log_json, level=flags.log_level)
+    rules = api_rules(flags, os.environ)
+    for_operators = admin_rules(flags, os.environ, rules)
+    # The process of the model has the longer way to go: it sets out first, and imports what it
+    # needs while this one looks for the model and imports what serves HTTP.
+    shown = LoggedProgress() if flags.log_json else TerminalProgress()
+    with Child() as child, shown as progress:
         times = StartupTimes(progress)
-        with times.phase("import", "importing"):
-            from serving.api.service import Service
-            from serving.listener import bind
-            from serving.server import serve
-
-        listener = bind(flags.host, flags.port)
+        api, admin = Port(bind(flags.host, flags.port), rules), None
+        if flags.admin_port is not None:
+            admin = Port(bind(ADMIN_HOST, flags.admin_port), for_operators)
         name, folder = FAKE_MODEL_NAME, None
         if not flags.fake:
             with times.phase("model", "finding the model"):
                 name, folder = _find_model(model, progress)
-        config = make_config(flags, name, folder, port=listener.getsockname()[1])
+        config = replace(
+            make_config(flags, name, folder, port=api.listener.getsockname()[1]),
+            admin_port=None if admin is None else admin.listener.getsockname()[1],
+            num_keys=0 if rules.keys is None else len(rules.keys.keys.entries),
+        )
+        child.begin(config.engine)
+        with times.phase("server", "importing"):
+            from serving.api.service import Service
+            from serving.ready import ready_block
+            from serving.server import serve
 
         def on_ready(service: Service) -> None:
-            from serving.ready import ready_block
-
-            times.seconds["total"] = time.perf_counter() - started_at_s
+            seconds = service.ready.startup_s | times.seconds
+            seconds["total"] = time.perf_counter() - started_at_s
+            service.metrics.started_up(seconds)
             progress.close()
-            print(ready_block(config, service.ready, times.seconds), flush=True)  # noqa: T201
+            print(ready_block(config, service.ready, seconds), flush=True)  # noqa: T201
 
-        clean = asyncio.run(serve(config, listener, times, on_ready))
+        clean = asyncio.run(serve(config, api, admin, child, progress, on_ready))
     if not clean:
         sys.exit(1)
 
 
 def check_flags(flags: ServeFlags) -> None:
     """Raise UserError for values that cannot work, before anything slow happens."""
-    from serving.listener import is_loopback
-
-    if not is_loopback(flags.host) and not flags.insecure:
-        raise UserError(
-            f"{flags.host} is not a loopback address, and requests carry no key yet",
-            "listen on 127.0.0.1 behind a proxy that authenticates, or add --insecure",
-        )
     for name in ("max_num_running", "max_num_batched_tokens", "max_model_len", "threads"):
         value = getattr(flags, name)
         if value is not None and value < 1:
@@ -72,10 +84,17 @@ def check_flags(flags: ServeFlags) -> None:
         value = getattr(flags, name)
         if not value >= 0:  # so that NaN is refused too
             raise UserError(f"{_flag(name)} {value} makes no sense", "it must be 0 or more")
+    if not 0 < flags.watchdog_timeout < math.inf:
+        raise UserError(
+            f"--watchdog-timeout {flags.watchdog_timeout} makes no sense",
+            "give the seconds that the longest step may take, and some more",
+        )
     if flags.served_model_name == "":
         raise UserError("--served-model-name is empty", "give a name, or leave it out")
-    if not 0 <= flags.port <= 65535:
-        raise UserError(f"--port {flags.port} is not a port", "choose 0 to 65535")
+    for name in ("port", "admin_port"):
+        value = getattr(flags, name)
+        if value is not None and not 0 <= value <= 65535:
+            raise UserError(f"{_flag(name)} {value} is not a port", "choose 0 to 65535")
 
 
 def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int) -> ServeConfig:
@@ -105,11 +124,11 @@ def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int)
         host=flags.host,
         port=port,
         drain_timeout_s=flags.drain_timeout,
-        debug_endpoints=flags.debug_endpoints,
+        watchdog_timeout_s=flags.watchdog_timeout,
     )
 
 
-def _find_model(model: str | None, progress: TerminalProgress) -> tuple[str, Path]:
+def _find_model(model: str | None, progress: Progress) -> tuple[str, Path]:
     from serving.store.local import resolve
 
     stored = resolve(model, progress)

@@ -23,7 +23,6 @@ from engine.attention.invariant import InvariantAttention
 from engine.attention.protocol import AttentionBackend
 from engine.attention.reference import ReferenceAttention
 from engine.batch import PersistentBatch
-from engine.build import Progress
 from engine.config import BLOCK_SIZE
 from engine.executors.sequential import Sampler, SequentialExecutor
 from engine.kv.cache import KVCache
@@ -31,6 +30,7 @@ from engine.models.invariant import invariant_kernels, meet_weights
 from engine.models.registry import load_model
 from engine.models.slices import DenseSlices
 from engine.sampler import SamplingRows
+from engine.startup import Progress
 from scheduler.instance.plan import Chunk, Join, StepPlan
 from scheduler.kv.blocks import BlockGroup
 from scheduler.types import KVGeometry, RequestId, SamplingParams

@@ -17,6 +17,7 @@ from scheduler.instance.prefixes import RequestPrefixes
 from scheduler.instance.queues import Queues
 from scheduler.kv.blocks import BlockGroup
 from scheduler.kv.manager import Hit, KVManager
+from scheduler.load import StepSize
 from scheduler.request import InvariantError, Request
 
 
@@ -30,12 +31,14 @@ class _Draft:
         "copies",
         "joins",
         "now",
+        "num_requests",
         "num_tokens_left",
         "progress",
     )
 
     def __init__(self, num_tokens_left: int, now: float) -> None:
         self.num_tokens_left = num_tokens_left
+        self.num_requests = 0
         self.now = now
         self.closed = False  # nobody is admitted any more
         self.copies: list[BlockCopy] = []
@@ -56,6 +59,7 @@ class Planner:
         self._prefixes = prefixes
         self._queues = queues
         self._clears: list[BlockGroup] = []  # for the next plan
+        self._sizes: dict[int, StepSize] = {}  # of the steps in flight
         self.next_step_id = 0
         self.num_planned_tokens = 0
 
@@ -80,8 +84,14 @@ class Planner:
         self._clears.clear()
         queues.in_flight[plan.step_id] = draft.progress
         self.next_step_id += 1
-        self.num_planned_tokens += budget - draft.num_tokens_left
+        num_tokens = budget - draft.num_tokens_left
+        self.num_planned_tokens += num_tokens
+        self._sizes[plan.step_id] = StepSize(num_tokens, draft.num_requests)
         return plan
+
+    def take_size(self, step_id: int) -> StepSize:
+        """Return what a step computed, once, when it has completed."""
+        return self._sizes.pop(step_id)
 
     def _fill(self, draft: _Draft) -> None:
         running, waiting = self._queues.running, self._queues.waiting
@@ -123,6 +133,7 @@ class Planner:
             request.last_step_id = step_id
             index += 1
         draft.num_tokens_left -= index - start
+        draft.num_requests += index - start
         return index
 
     def _plan_running(self, index: int, draft: _Draft) -> int:
@@ -279,6 +290,7 @@ class Planner:
         request.num_scheduled += num_tokens
         request.last_step_id = self.next_step_id
         draft.num_tokens_left -= num_tokens
+        draft.num_requests += 1
 
 
 def _rank(request: Request) -> int:

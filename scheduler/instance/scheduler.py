@@ -26,7 +26,7 @@ from scheduler.instance.planner import Planner
 from scheduler.instance.prefixes import RequestPrefixes
 from scheduler.instance.queues import Queues
 from scheduler.kv.manager import KVManager
-from scheduler.load import InstanceView
+from scheduler.load import InstanceView, StepSize
 from scheduler.request import InvariantError, Request
 from scheduler.types import (
     FinishedEvent,
@@ -58,6 +58,7 @@ class InstanceScheduler:
         self._last_plans: deque[StepPlan] = deque(maxlen=_NUM_REMEMBERED_PLANS)
         self._num_arrivals = 0
         self._num_steps = 0
+        self._last_step = StepSize()
         self._num_failures = 0
 
     # --- requests come and go ---
@@ -109,6 +110,7 @@ class InstanceScheduler:
         if progress is None:
             raise InvariantError(f"step {result.step_id} is not in flight")
         self._num_steps += 1
+        self._last_step = self._planner.take_size(result.step_id)
         events: list[RequestEvent] = []
         for failure in result.failures:
             self._fail(failure, result.step_id, events)
@@ -142,6 +144,7 @@ class InstanceScheduler:
             num_computed_tokens=self._planner.num_planned_tokens,
             num_preemptions=self._queues.num_preemptions,
             num_failures=self._num_failures,
+            last_step=self._last_step,
             kv=self._kv.counters(),
         )
 

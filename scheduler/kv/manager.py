@@ -82,6 +82,8 @@ class KVManager:
     def counters(self) -> KVCounters:
         return KVCounters(
             num_idle_blocks=self._index.num_idle_blocks,
+            num_claimed_blocks=self._pool.num_free_blocks - self._pool.num_unclaimed_blocks,
+            longest_free_run_blocks=self._pool.longest_run,
             num_stolen_blocks=self._pool.num_stolen_blocks,
             num_evicted_blocks=self._index.num_evicted_blocks,
             num_copied_blocks=self._num_copied_blocks,

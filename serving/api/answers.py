@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -16,6 +17,7 @@ from serving.api.logprobs import prompt_logprobs
 from serving.api.responses import json_response
 from serving.api.sampling import Body
 from serving.api.service import Service
+from serving.api.timings import server_timing, timings
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.streams import Delta, RequestStream, StreamGroup
 
@@ -31,6 +33,10 @@ class ChoiceForm(Protocol):
         self, index: int, delta: Delta, stream: RequestStream, *, first: bool
     ) -> dict[str, Any]: ...
 
+    def of_all(self, stream: RequestStream) -> dict[str, Any]:
+        """Return what stands beside `choices`, once."""
+        ...
+
 
 class ClientGone(Exception):
     """The client closed the connection before the answer was complete."""
@@ -45,12 +51,16 @@ async def respond(
     form: ChoiceForm,
 ) -> Response:
     """Answer as the body asks, in events or whole. Raises RequestError, ClientGone."""
+    left_s = None
+    if body.timeout is not None:  # tokenizing has taken some of it
+        left_s = body.timeout - (time.monotonic() - request.state.arrived_at_s)
+    close = _close_in_time(service.driver, group, left_s)
     if body.stream:
-        return sse.event_stream(
-            _chunks(service, body, group, head, form),
-            on_close=partial(service.driver.cancel, group),
-        )
-    deltas = await _collect(request, service.driver, group)
+        return sse.event_stream(_chunks(service, body, group, head, form), on_close=close)
+    try:
+        deltas = await _collect(request, group)
+    finally:
+        close()
 
     def choices() -> list[dict[str, Any]]:
         return [
@@ -58,8 +68,30 @@ async def respond(
             for index, (delta, stream) in enumerate(zip(deltas, group.streams, strict=True))
         ]
 
-    made = await _without_delay(choices, long=_has_scores(group.streams[0]))
-    return json_response(head | {"choices": made, "usage": usage(body, group)})
+    first = group.streams[0]
+    made = await _without_delay(choices, long=_has_scores(first))
+    answer = head | {"choices": made, "usage": usage(body, group)} | form.of_all(first)
+    headers = {}
+    if body.return_metrics:
+        answer["metrics"] = timings(first.times)
+        headers["server-timing"] = server_timing(first.times)
+    return json_response(answer, headers=headers)
+
+
+def _close_in_time(
+    driver: ClusterDriver, group: StreamGroup, left_s: float | None
+) -> Callable[[], None]:
+    """Let the group end when its time has passed; return what to call when the answer is over."""
+    alarm = None
+    if left_s is not None:
+        alarm = asyncio.get_running_loop().call_later(max(0.0, left_s), driver.expire, group)
+
+    def close() -> None:
+        if alarm is not None:
+            alarm.cancel()
+        driver.cancel(group)
+
+    return close
 
 
 def usage(body: Body, group: StreamGroup) -> dict[str, Any]:
@@ -79,8 +111,8 @@ def usage(body: Body, group: StreamGroup) -> dict[str, Any]:
     }
 
 
-async def _collect(request: Request, driver: ClusterDriver, group: StreamGroup) -> list[Delta]:
-    """Wait for all choices. Raises ClientGone, after aborting, when the client leaves first."""
+async def _collect(request: Request, group: StreamGroup) -> list[Delta]:
+    """Wait for all choices. Raises ClientGone when the client leaves first."""
     answer = asyncio.ensure_future(group.whole())
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -89,7 +121,6 @@ async def _collect(request: Request, driver: ClusterDriver, group: StreamGroup) 
             raise ClientGone
         return answer.result()
     finally:
-        driver.cancel(group)
         for task in (answer, gone):
             task.cancel()
 
@@ -110,9 +141,17 @@ async def _chunks(
         chunk = partial(form.chunk, first=first)
         make = partial(_choice, service, body, index, delta, stream, chunk, first=first)
         choice = await _without_delay(make, long=first and _has_scores(stream))
-        yield head | {"choices": [choice]}
-    if body.wants_usage():
-        yield head | {"choices": [], "usage": usage(body, group)}
+        whole = head | {"choices": [choice]}
+        if len(seen) == 1 and first:
+            whole |= form.of_all(stream)
+        if body.wants_usage_always():
+            whole["usage"] = usage(body, group)
+        yield whole
+    if body.wants_usage() or body.return_metrics:
+        last = head | {"choices": [], "usage": usage(body, group)}
+        if body.return_metrics:
+            last["metrics"] = timings(group.streams[0].times)
+        yield last
 
 
 def _choice(
@@ -131,7 +170,7 @@ def _choice(
         delta = Delta("", (), FinishReason.LENGTH if ended else None)
     choice = {"index": index, **form(index, delta, stream), "finish_reason": delta.finish_reason}
     if body.return_token_ids:
-        choice["token_ids"] = delta.token_ids
+        choice["token_ids"] = list(delta.token_ids)
     if first and body.prompt_logprobs is not None:
         choice["prompt_logprobs"] = prompt_logprobs(
             stream.spec.prompt_token_ids,

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from serving.api import chat, completions, debug, models
+from serving.api import chat, completions, docs_page, models, status, tokenize
+from serving.api.access import Access
 from serving.api.answers import ClientGone
+from serving.api.auth import Authenticate
 from serving.api.body_limit import BodyLimit
+from serving.api.headers import HeaderLimits
 from serving.api.request_id import RequestIds
 from serving.api.responses import json_response
 from serving.api.service import Service
-from serving.errors import InvalidRequest, RequestError
+from serving.api.version import VERSION
+from serving.errors import InvalidRequest, RequestError, internal_error
+from serving.ports import PortRules
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +31,35 @@ _MAX_ERRORS = 5
 _MAX_MESSAGE_CHARS = 200
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, rules: PortRules) -> FastAPI:
+    modules = (completions, chat, tokenize, models, status)
+    app = bare_app("Hocket", [module.router(service) for module in modules], service, rules)
+    app.router.routes.extend(docs_page.router(app).routes)
+    return app
+
+
+def bare_app(
+    title: str, routers: Iterable[APIRouter], service: Service, rules: PortRules
+) -> FastAPI:
+    """Return an application of these routes behind the bounds and the keys that every port has."""
+    config = service.config
     app = FastAPI(
-        title="Hocket",
+        title=title,
+        version=VERSION,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would be to whatever Host said
         middleware=[
+            Middleware(Access, observe=service.metrics.http_answered),
             Middleware(RequestIds),
-            Middleware(BodyLimit, max_bytes=service.config.max_body_bytes),
+            Middleware(HeaderLimits),
+            Middleware(Authenticate, rules=rules),
+            Middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s),
         ],
     )
-    for module in (completions, chat, models, debug):
-        app.include_router(module.router(service))
+    for router in routers:
+        # Not included but taken over: what serves a request is then to be found in `app.routes`.
+        app.router.routes.extend(router.routes)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -59,7 +82,8 @@ async def _validation_error(_: Request, error: Exception) -> Response:
         location = () if problem["type"] == "json_invalid" else problem["loc"][1:]
         where = [str(part) for part in location if _is_field(part)]
         params.append(".".join(where)[:_MAX_MESSAGE_CHARS])
-        problems.append(f"{params[-1] or 'body'}: {problem['msg']}"[:_MAX_MESSAGE_CHARS])
+        what = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{params[-1] or 'body'}: {what}"[:_MAX_MESSAGE_CHARS])
     refusal = InvalidRequest("; ".join(problems), param=params[0] or None)
     return json_response(refusal.body(), refusal.status)
 
@@ -93,5 +117,5 @@ async def _client_gone(_: Request, __: Exception) -> Response:
 
 async def _internal_error(_: Request, error: Exception) -> Response:
     log.error("a request failed inside the server", exc_info=error)
-    refusal = RequestError("the server failed on this request; its log says why")
+    refusal = internal_error()
     return json_response(refusal.body(), refusal.status)

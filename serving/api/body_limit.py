@@ -1,40 +1,66 @@
-"""Bodies larger than the limit are refused, whether they declare their size or not."""
+"""Bodies are bounded in size and in time, whether they declare their size or not."""
 
 from __future__ import annotations
 
+import asyncio
+
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.api.responses import json_response
-from serving.errors import BodyTooLarge
+from serving.api.refusal import refuse
+from serving.errors import BodyTooLarge, RequestTimedOut
 
 
 class BodyLimit:
-    """ASGI middleware. Reads the body before the application does, up to the limit."""
+    """ASGI middleware. Reads the body before the application does, up to the limits."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = bytearray()
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return  # the client is gone
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._max_bytes:
-                error = BodyTooLarge(f"the body must not exceed {self._max_bytes} bytes")
-                headers = error.headers() | {"connection": "close"}
-                await json_response(error.body(), error.status, headers)(scope, receive, send)
-                return
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        try:
+            self._check_declared(scope)
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._read(receive)
+        except BodyTooLarge as error:
+            await refuse(error, scope, receive, send)
+            return
+        except TimeoutError:
+            late = RequestTimedOut(f"the body did not arrive within {self._timeout_s:g} s")
+            await refuse(late, scope, receive, send)
+            return
+        if body is None:
+            return  # the client is gone
+        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
             return whole.pop() if whole else await receive()
 
         await self._app(scope, replay, send)
+
+    def _check_declared(self, scope: Scope) -> None:
+        declared = Headers(scope=scope).get("content-length", "0")
+        # The HTTP parser lets only digits through, at most 20 of them.
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            raise self._too_large()
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """Return the body, None if the client left. Raises BodyTooLarge."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body must not exceed {self._max_bytes} bytes")

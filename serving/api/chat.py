@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,53 +11,53 @@ from starlette.responses import Response
 
 from scheduler.types import SamplingParams
 from serving.api import answers
+from serving.api.answer_schemas import ChatCompletion, answered_with
+from serving.api.auth import tenant_of
+from serving.api.json_limits import JsonRoute
 from serving.api.logprobs import chat_logprobs
-from serving.api.request_id import request_id_of
+from serving.api.prompts import chat_ids, truncated
+from serving.api.request_id import take_request_id
 from serving.api.sampling import sampling_params
 from serving.api.schemas import ChatRequest
 from serving.api.service import Service
 from serving.cluster.streams import Delta, RequestStream
-from serving.errors import InvalidRequest
 from serving.text.tokenizer import TextCodec
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
-    @routes.post("/v1/chat/completions")
+    @routes.post("/v1/chat/completions", responses=answered_with(ChatCompletion, streams=True))
     async def create(body: ChatRequest, request: Request) -> Response:
+        """Answer the messages, whole or as a stream of events."""
         service.check(body)
         token_ids, params = await asyncio.to_thread(_prepare, service, body)
-        request_id = request_id_of(request)
+        ids = take_request_id(request, body.request_id)
         group = service.generate(
             body,
             [token_ids],
             params,
-            request_id=request_id,
+            request_id=ids.internal,
+            tenant=tenant_of(request),
             param="messages",
             default_max_tokens=None,
         )
-        head = {
-            "id": f"chatcmpl-{request_id}",
-            "object": "chat.completion.chunk" if body.stream else "chat.completion",
-            "created": int(time.time()),  # noqa: TID251 (the API's field is wall-clock time)
-            "model": service.model_name,
-        }
-        form = _ChatForm(service.codec, body.num_logprobs())
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        head = service.head(f"chatcmpl-{ids.shown}", kind)
+        form = _ChatForm(service.codec, body)
         return await answers.respond(service, request, body, group, head, form)
 
     return routes
 
 
 def _prepare(service: Service, body: ChatRequest) -> tuple[list[int], SamplingParams]:
-    """Render, tokenize and check; takes long for long prompts. Raises InvalidRequest."""
-    if service.template is None:
-        raise InvalidRequest("this model has no chat template; use /v1/completions")
-    text = service.template.render(
-        [message.plain() for message in body.messages],
-        add_generation_prompt=body.add_generation_prompt is not False,
+    token_ids = chat_ids(
+        service.template,
+        service.codec,
+        body,
+        add_special_tokens=bool(body.add_special_tokens),
     )
-    token_ids = service.codec.encode(text, add_special_tokens=False)
+    token_ids = truncated(token_ids, body, service.ready.max_model_len)
     return token_ids, sampling_params(body, service.codec)
 
 
@@ -67,11 +66,11 @@ class _ChatForm:
     """A message, or what is new of it, and its scores."""
 
     codec: TextCodec
-    num_logprobs: int | None
+    body: ChatRequest
 
     def whole(self, index: int, delta: Delta, stream: RequestStream) -> dict[str, Any]:  # noqa: ARG002
         message = {"role": "assistant", "content": delta.text}
-        return {"message": message, "logprobs": self._logprobs(delta)}
+        return {"message": message, "logprobs": None} | self._logprobs(delta)
 
     def chunk(
         self,
@@ -83,9 +82,15 @@ class _ChatForm:
     ) -> dict[str, Any]:
         # The role comes with the first token: clients measure TTFT at the first chunk.
         role = {"role": "assistant"} if first else {}
-        return {"delta": role | {"content": delta.text}, "logprobs": self._logprobs(delta)}
+        return {"delta": role | {"content": delta.text}} | self._logprobs(delta)
 
-    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        if self.num_logprobs is None:
-            return None
-        return chat_logprobs(delta.scored, self.num_logprobs, self.codec)
+    def of_all(self, stream: RequestStream) -> dict[str, Any]:
+        if not self.body.return_token_ids:
+            return {}
+        return {"prompt_token_ids": stream.spec.prompt_token_ids}
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any]:
+        num_top = self.body.num_logprobs()
+        if num_top is None:
+            return {}
+        return {"logprobs": chat_logprobs(delta.scored, num_top, self.codec)}

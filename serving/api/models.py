@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
+from serving.api.answer_schemas import EMPTY, ModelCard, ModelList, Status, answered_with
+from serving.api.auth import public
 from serving.api.responses import json_response
 from serving.api.service import Service
 from serving.errors import NotFound
@@ -24,28 +26,34 @@ def router(service: Service) -> APIRouter:
             "owned_by": "hocket",
             "root": service.model_name,
             "parent": None,
-            "max_model_len": service.ready.max_model_len,
+            # One number under the names that vLLM's clients and LiteLLM look for.
+            **dict.fromkeys(
+                ("max_model_len", "context_length", "max_input_tokens", "max_output_tokens"),
+                service.ready.max_model_len,
+            ),
         }
 
-    @routes.get("/v1/models")
+    @routes.get("/v1/models", responses=answered_with(ModelList))
     async def list_models() -> Response:
         return json_response({"object": "list", "data": [card()]})
 
-    @routes.get("/v1/models/{model:path}")
+    @routes.get("/v1/models/{model:path}", responses=answered_with(ModelCard))
     async def get_model(model: str) -> Response:
         if model != service.model_name:
             raise NotFound(
-                f"The model {model!r} does not exist; this server has: {service.model_name}",
+                f"The model {model[:200]!r} does not exist; this server has: {service.model_name}",
                 param="model",
             )
         return json_response(card())
 
-    @routes.get("/health")
+    @routes.get("/health", responses=EMPTY, response_class=Response)
+    @public
     async def health() -> Response:
         """Return 200 while an instance is up: also when draining or full, which is no illness."""
         return Response(status_code=200 if service.driver.alive else 503)
 
-    @routes.get("/ready")
+    @routes.get("/ready", responses={503: {"model": Status}, **answered_with(Status)})
+    @public
     async def ready() -> Response:
         """Return 200 only when a request sent now would be served."""
         if service.driver.ready:
@@ -53,8 +61,15 @@ def router(service: Service) -> APIRouter:
         status = "draining" if service.driver.draining else "no instance"
         return json_response({"status": status}, 503, {"retry-after": "1"})
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
+    @public
     async def metrics() -> Response:
         return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    @routes.get("/metrics/vllm")
+    @public
+    async def metrics_vllm() -> Response:
+        """The same numbers under vLLM's names, which gateways and existing dashboards read."""
+        return Response(service.metrics.render_vllm(), headers={"content-type": CONTENT_TYPE})
 
     return routes

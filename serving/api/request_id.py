@@ -1,8 +1,13 @@
-"""Every answer carries x-request-id: the client's own, or one made here; inside, always ours."""
+"""Every answer carries x-request-id: the client's own, or one made here; inside, always ours.
+
+Stamps the arrival, too.
+"""
 
 from __future__ import annotations
 
 import secrets
+import time
+from typing import NamedTuple
 
 from fastapi import Request
 from starlette.datastructures import MutableHeaders
@@ -23,19 +28,27 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         request_id = secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
         given = Request(scope).headers.get(_HEADER, "")
         shown = given if given.isprintable() and 0 < len(given) <= _MAX_CHARS else request_id
+        state = scope.setdefault("state", {})
+        state["request_id"], state["shown_request_id"] = request_id, shown
+        state["arrived_at_s"] = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[_HEADER] = shown
+                MutableHeaders(scope=message)[_HEADER] = state["shown_request_id"]
             await send(message)
 
         await self._app(scope, receive, send_with_id)
 
 
-def request_id_of(request: Request) -> str:
-    """Return the internal id: 128 random bits, so that two clients' equal ids never meet."""
-    request_id: str = request.state.request_id
-    return request_id
+class TakenIds(NamedTuple):
+    internal: str  # 128 random bits, so that two clients' equal ids never meet
+    shown: str  # the client's own if it gave one, in the header or in the body
+
+
+def take_request_id(request: Request, given: str | None) -> TakenIds:
+    """Return the ids of a request; one given in the body wins, and goes into the header too."""
+    if given is not None:
+        request.state.shown_request_id = given
+    return TakenIds(request.state.request_id, request.state.shown_request_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from scheduler.types import SamplingParams
 from serving.api.schemas import ChatRequest, CompletionRequest
@@ -45,10 +45,12 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else float(value)
 
 
-def check_ids(token_ids: Iterable[int], codec: TextCodec, param: str) -> None:
+def check_ids(token_ids: Collection[int], codec: TextCodec, param: str) -> None:
     """Raise InvalidRequest for an id that no token has."""
-    for token_id in token_ids:
-        if not 0 <= token_id < codec.vocab_size:
+    # Not one by one: a prompt may have a million.
+    known = range(codec.vocab_size)
+    for token_id in (max(token_ids, default=0), min(token_ids, default=0)):
+        if token_id not in known:
             raise InvalidRequest(
                 f"{param}: token id {token_id} is not in the vocabulary of {codec.vocab_size}",
                 param=param,

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import hmac
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from hashlib import sha256
+from typing import Any
 
 from engine.messages import Ready
 from scheduler.types import MAX_SEED, RequestId, RequestSpec, SamplingParams
+from serving.api.known_fields import UnknownFields, unknown_fields, unsupported_field
 from serving.api.sampling import Body
-from serving.api.schemas import ChatRequest, unsupported_field
+from serving.api.schemas import ChatRequest
+from serving.api.version import VERSION
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.streams import StreamGroup
 from serving.config import ServeConfig
 from serving.errors import ContextTooLong, InvalidRequest, NotFound, Unavailable
 from serving.metrics import Metrics
 from serving.text.chat import ChatTemplate
+from serving.text.detokenizer import Shown
 from serving.text.tokenizer import TextCodec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Service:
     """One model behind the API."""
 
@@ -30,6 +38,11 @@ class Service:
     driver: ClusterDriver
     metrics: Metrics
     started_at: int  # Unix seconds, for `created` of the model card
+    boot_secret: bytes = field(default_factory=partial(secrets.token_bytes, 32), repr=False)
+
+    @cached_property
+    def unknown_fields(self) -> UnknownFields:
+        return UnknownFields(self.metrics)
 
     @property
     def model_name(self) -> str:
@@ -37,18 +50,15 @@ class Service:
 
     def check(self, body: Body) -> None:
         """Raise RequestError for what can be refused without looking at the prompt."""
-        if body.model is not None and body.model != self.model_name:
-            raise NotFound(
-                f"The model {body.model!r} does not exist; this server has: {self.model_name}",
-                param="model",
-            )
-        name = unsupported_field(body)
-        if name is not None:
-            raise InvalidRequest(
-                f"{name} is not supported by this server", param=name, code="unsupported_parameter"
-            )
+        self.check_names(body.model, body.model_extra)
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+        if body.best_of not in (None, 1, body.n):
+            raise InvalidRequest(
+                "best_of must be 1 or n: this server does not choose among more answers",
+                param="best_of",
+                code="unsupported_parameter",
+            )
         if (body.n or 1) > self.config.max_num_choices:
             raise InvalidRequest(f"n must be at most {self.config.max_num_choices}", param="n")
         if body.priority and self.config.engine.policy == "fcfs":
@@ -68,6 +78,38 @@ class Service:
             code = "draining" if self.driver.draining else "no_instance"
             raise Unavailable("the server is not taking requests now", code=code)
 
+    def check_names(self, model: str | None, extra: Mapping[str, Any] | None) -> None:
+        """Judge the model's name and the fields that are in no schema. Raises RequestError."""
+        if model is not None and model != self.model_name:
+            raise NotFound(
+                f"The model {model[:200]!r} does not exist; this server has: {self.model_name}",
+                param="model",
+            )
+        name = unsupported_field(extra)
+        if name is not None:
+            raise InvalidRequest(
+                f"{name} is not supported by this server", param=name, code="unsupported_parameter"
+            )
+        for name in unknown_fields(extra):
+            self.unknown_fields.take(name)
+
+    def head(self, answer_id: str, kind: str) -> dict[str, Any]:
+        """Return what every answer and every chunk of it begins with."""
+        return {
+            "id": answer_id,
+            "object": kind,
+            "created": int(time.time()),  # noqa: TID251 (the API's field is wall-clock time)
+            "model": self.model_name,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the same seed may give another text: other weights, types or code."""
+        config = self.config.engine
+        parts = (VERSION, self.model_name, self.ready.dtype, self.ready.device)
+        return "fp_" + sha256(repr((parts, config.batch_invariant)).encode()).hexdigest()[:12]
+
     def generate(
         self,
         body: Body,
@@ -75,12 +117,14 @@ class Service:
         params: SamplingParams,
         *,
         request_id: str,
+        tenant: str,
         param: str,
         default_max_tokens: int | None,
     ) -> StreamGroup:
         """Start n choices for each prompt, in order; `param` names the prompts in errors."""
         asked = body.asked_max_tokens()
         max_tokens = default_max_tokens if asked is None else max(asked, 1)
+        salt = cache_salt(self.boot_secret, tenant, body.cache_salt or "")
         specs: list[RequestSpec] = []
         for token_ids in prompts:
             room = self._room(token_ids, param)
@@ -97,11 +141,16 @@ class Service:
                         request_id=RequestId(f"{request_id}-{len(specs)}"),
                         prompt_token_ids=tuple(token_ids),
                         params=replace(params, max_tokens=limit, seed=_seed(body), choice=choice),
-                        cache_salt=body.cache_salt or "",
+                        tenant=tenant,
+                        cache_salt=salt,
                         priority=body.priority or 0,
                     )
                 )
-        return self.driver.submit(specs, body.stops())
+        shown = Shown(
+            stop=bool(body.include_stop_str_in_output),
+            special_tokens=body.skip_special_tokens is False,
+        )
+        return self.driver.submit(specs, body.stops(), shown)
 
     def _room(self, token_ids: Sequence[int], param: str) -> int:
         """Return how many tokens may follow the prompt. Raises InvalidRequest."""
@@ -111,6 +160,15 @@ class Service:
         if room < 1:
             raise ContextTooLong(len(token_ids), self.ready.max_model_len, param)
         return room
+
+
+def cache_salt(boot_secret: bytes, tenant: str, given: str) -> str:
+    """Return the salt of a request's cached prefixes, which nobody outside can choose or guess.
+
+    A tenant's requests share prefixes if they give the same salt, and never with another tenant's.
+    """
+    # A tenant's name has no zero byte, so no two pairs read the same.
+    return hmac.digest(boot_secret, f"{tenant}\0{given}".encode(), "sha256").hex()
 
 
 def _seed(body: Body) -> int:

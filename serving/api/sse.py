@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import msgspec
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serving.errors import RequestError
+from serving.errors import RequestError, internal_error
+
+log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -34,6 +37,9 @@ def event_stream(
                 yield event(chunk)
         except RequestError as error:
             yield event(error.body())
+        except Exception:  # the status is sent: an end without an error would look like success
+            log.exception("a stream failed inside the server")
+            yield event(internal_error().body())
         yield DONE
 
     return _EventStream(frames(), on_close)

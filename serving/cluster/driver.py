@@ -39,10 +39,12 @@ from scheduler.types import (
     StartedEvent,
     TokenEvent,
 )
+from serving import logs
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.inspection import Inspections
 from serving.cluster.streams import RequestStream, StreamGroup, StreamTable
 from serving.errors import (
+    DeadlineExceeded,
     GenerationFailed,
     InstanceLost,
     InvalidRequest,
@@ -50,6 +52,7 @@ from serving.errors import (
     Unavailable,
 )
 from serving.metrics import Metrics
+from serving.text.detokenizer import PLAIN_TEXT, Shown
 from serving.text.tokenizer import TextCodec
 
 log = logging.getLogger(__name__)
@@ -72,10 +75,10 @@ class ClusterDriver:
         self._metrics = metrics
         self._max_requests = max_requests_per_instance
         self._clock = clock
-        self._handles: dict[InstanceId, InstanceHandle] = {}
+        self._handles: dict[InstanceId, InstanceHandle] = {}  # the last incarnation of each
+        self._lost: dict[InstanceId, asyncio.Future[str]] = {}  # done, with the cause, when it is
         self._streams = StreamTable()
         self._inspections = Inspections()
-        self._arrived_at_s: dict[RequestId, float] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -87,31 +90,49 @@ class ClusterDriver:
 
     @property
     def alive(self) -> bool:
-        """Whether an instance is up."""
+        """Whether an instance is up: also when it drains or is full, which is no illness."""
         return self._scheduler.num_instances > 0
 
     async def start(self, handle: InstanceHandle) -> Ready:
-        """Bring an instance up and give it work from now on."""
+        """Bring an instance up and give it work from now on. Raises UserError if it cannot start.
+
+        If it is a new incarnation, what the old one may still say is dropped.
+        """
         instance_id = handle.instance_id
-        ready = await handle.start(partial(self._on_report, instance_id))
+        lost = self._lost[instance_id] = asyncio.get_running_loop().create_future()
         self._handles[instance_id] = handle
-        self._metrics.instance_up(instance_id, up=True)
-        self._handle(InstanceUp(instance_id, self._max_requests))
+        ready = await handle.start(partial(self._on_report, handle))
+        if not lost.done():  # else it was lost at once, and that is told to who waits for it
+            self._metrics.instance_ready(instance_id, ready)
+            self._handle(InstanceUp(instance_id, self._max_requests))
         return ready
 
-    def submit(self, specs: Sequence[RequestSpec], stops: Sequence[str]) -> StreamGroup:
+    @property
+    def num_streams(self) -> int:
+        """Requests that have not ended, each choice counted."""
+        return len(self._streams)
+
+    async def until_lost(self, handle: InstanceHandle) -> str:
+        """Wait for the end of the instance; return the cause."""
+        return await asyncio.shield(self._lost[handle.instance_id])
+
+    def submit(
+        self, specs: Sequence[RequestSpec], stops: Sequence[str], shown: Shown = PLAIN_TEXT
+    ) -> StreamGroup:
         """Run the requests; all of them, or none. Raises RequestError when one is refused."""
         group = StreamGroup()
         for spec in specs:
-            stream = RequestStream(spec, self._codec, stops, group.wake)
+            stream = RequestStream(
+                spec, self._codec, stops, group.wake, shown, arrived_at_s=self._clock()
+            )
             self._streams.add(stream)
             self._idle.clear()
-            self._arrived_at_s[spec.request_id] = self._clock()
             group.streams.append(stream)
             self._handle(Arrived(spec))
             if stream.error is not None:
                 self.cancel(group)
                 raise stream.error
+        self._metrics.accepted(specs)
         return group
 
     def cancel(self, group: StreamGroup) -> None:
@@ -121,10 +142,23 @@ class ClusterDriver:
                 self._end(stream, FinishReason.ABORT)
                 self._handle(Cancelled(stream.spec.request_id))
 
+    def expire(self, group: StreamGroup) -> None:
+        """The client's own time limit has passed: end what still runs of the group."""
+        for stream in group.streams:
+            if not stream.ended:
+                self._fail(stream.spec.request_id, DeadlineExceeded(), "timeout")
+                self._handle(Cancelled(stream.spec.request_id))
+
+    def begin_drain(self) -> int:
+        """Refuse new requests from now on; return how many are still to end."""
+        if not self.draining:
+            self.draining = True
+            self._handle(DrainStarted())
+        return len(self._streams)
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and let those accepted end. False if some had to be cut off."""
-        self.draining = True
-        self._handle(DrainStarted())
+        self.begin_drain()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
@@ -153,8 +187,7 @@ class ClusterDriver:
         }
 
     async def stop(self) -> None:
-        for handle in self._handles.values():
-            await handle.stop()
+        await asyncio.gather(*(handle.stop() for handle in self._handles.values()))
 
     # --- events to actions ---
 
@@ -167,7 +200,7 @@ class ClusterDriver:
                     abort = messages.Abort(request_id, num_output_tokens)
                     self._handles[instance_id].send(abort)
                 case Reject(request_id, reason):
-                    self._fail(request_id, self._refusal(reason), "rejected")
+                    self._reject(request_id, reason)
                 case Fail(request_id):
                     self._fail(request_id, InstanceLost("the instance that ran this failed"))
                 case _:
@@ -188,13 +221,18 @@ class ClusterDriver:
 
     # --- reports from instances ---
 
-    def _on_report(self, instance_id: InstanceId, report: Report) -> None:
+    def _on_report(self, handle: InstanceHandle, report: Report) -> None:
+        instance_id = handle.instance_id
+        if self._handles.get(instance_id) is not handle:
+            return
         match report:
             case StepEvents():
                 self._on_step(instance_id, report)
-            case Failed(cause):
-                log.error("instance %s failed: %s", instance_id, cause)
-                self._metrics.instance_up(instance_id, up=False)
+            case Failed(cause, trace):
+                logs.event(log, logging.ERROR, "instance failed", instance=instance_id, cause=cause)
+                logs.event(log, logging.DEBUG, "instance was here", trace=trace)
+                self._lost[instance_id].set_result(cause)
+                self._metrics.instance_down(instance_id)
                 self._inspections.lost(instance_id)
                 self._handle(InstanceDown(instance_id))
             case Inspected(number, state):
@@ -217,35 +255,38 @@ class ClusterDriver:
         for finished in report.finished:
             self._on_finished(finished)
         for rejected in report.rejected:
-            self._fail(rejected.request_id, self._refusal(rejected.reason), "rejected")
+            self._reject(rejected.request_id, rejected.reason)
             self._handle(Ended(rejected.request_id))
         self._metrics.step(instance_id, report.view, report.step_s)
         self._handle(Reported(instance_id, report.view))
 
     def _on_started(self, event: StartedEvent) -> None:
-        self._metrics.queued(event.queue_s)
         stream = self._streams.get(event.request_id)
         if stream is not None:
             stream.num_cached_tokens = event.num_cached_tokens
-            self._metrics.prefix(len(stream.spec.prompt_token_ids), event.num_cached_tokens)
+            stream.marks.started(event.queue_s)
+            num_prompt_tokens = len(stream.spec.prompt_token_ids)
+            self._metrics.started(num_prompt_tokens, event.num_cached_tokens, event.queue_s)
 
     def _on_token(self, event: TokenEvent, now: float) -> None:
         stream = self._streams.get(event.request_id)
         if stream is None:  # its client left while the step ran
             return
-        last_at_s, stream.last_token_at_s = stream.last_token_at_s, now
-        self._metrics.token(
-            now - self._arrived_at_s[event.request_id],
-            None if last_at_s is None else now - last_at_s,
-        )
+        gap_s = stream.marks.token(now)
+        if gap_s is None:
+            self._metrics.first_token(stream.times)
+        else:
+            self._metrics.next_token(gap_s)
         if stream.deliver(event.output_index, event.token_id, event.logprobs):
             self._end(stream, FinishReason.STOP)
             self._handle(Cancelled(event.request_id, stream.num_tokens))
 
     def _on_finished(self, event: FinishedEvent) -> None:
+        self._metrics.finished(event.num_preemptions)
         stream = self._streams.get(event.request_id)
         if event.reason is FinishReason.ERROR:
-            log.error("request %s failed in the model: %s", event.request_id, event.error)
+            failed = {"request_id": event.request_id, "cause": event.error}
+            logs.event(log, logging.ERROR, "a request failed in the model", **failed)
             self._fail(event.request_id, GenerationFailed(event.error))
         elif stream is not None:
             self._end(stream, event.reason)
@@ -257,6 +298,10 @@ class ClusterDriver:
         stream.finish(reason)
         self._forget(stream, reason.value)
 
+    def _reject(self, request_id: RequestId, reason: RejectReason) -> None:
+        self._metrics.rejected(reason)
+        self._fail(request_id, self._refusal(reason), "rejected")
+
     def _fail(self, request_id: RequestId, error: RequestError, outcome: str = "error") -> None:
         stream = self._streams.get(request_id)
         if stream is not None:
@@ -264,9 +309,24 @@ class ClusterDriver:
             self._forget(stream, outcome)
 
     def _forget(self, stream: RequestStream, outcome: str) -> None:
-        request_id = stream.spec.request_id
-        self._streams.remove(request_id)
-        e2e_s = self._clock() - self._arrived_at_s.pop(request_id)
-        self._metrics.ended(outcome, len(stream.spec.prompt_token_ids), e2e_s)
+        self._streams.remove(stream.spec.request_id)
+        stream.marks.ended(self._clock())
+        times = stream.times
+        self._metrics.ended(outcome, stream.spec, stream.num_cached_tokens, times)
+        if log.isEnabledFor(logging.DEBUG):
+            logs.event(
+                log,
+                logging.DEBUG,
+                "ended",
+                request_id=stream.spec.request_id,
+                outcome=outcome,
+                num_prompt_tokens=len(stream.spec.prompt_token_ids),
+                num_cached_tokens=stream.num_cached_tokens,
+                num_output_tokens=times.num_tokens,
+                queue_s=times.queue_s,
+                ttft_s=times.ttft_s,
+                decode_s=times.decode_s,
+                e2e_s=times.e2e_s,
+            )
         if not len(self._streams):
             self._idle.set()

@@ -12,7 +12,8 @@ from scheduler.types import InstanceId
 class InstanceHandle(Protocol):
     """Commands go in, reports come back on the event loop, in order.
 
-    After a `Failed` report nothing follows and commands are dropped.
+    A handle is one incarnation of an instance. After a `Failed` report, and after `stop`, nothing
+    follows and commands are dropped; what was stopped has not failed.
     """
 
     @property

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from threading import Thread
 
 from engine.core import EngineCore
 from engine.messages import Command, Ready, Report, Stop
+from engine.models.errors import ModelFormatError
+from engine.startup import CannotStart
 from scheduler.types import InstanceId
 from serving.cluster import wire
-
-log = logging.getLogger(__name__)
+from serving.errors import UserError
 
 # Makes the loop, on the thread where it will run, given where it shall report.
 EngineFactory = Callable[[Callable[[Report], None]], tuple[EngineCore, Ready]]
@@ -45,6 +46,9 @@ class InProcessHandle:
         def begin() -> None:
             try:
                 self._core, ready = self._build(emit)
+            except (ModelFormatError, CannotStart) as error:
+                refusal = UserError(error.cause, error.remedy)
+                _call_soon(loop, partial(started.set_exception, refusal))
             except Exception as error:  # noqa: BLE001 (it is raised where start() is awaited)
                 _call_soon(loop, partial(started.set_exception, error))
             else:
@@ -70,10 +74,8 @@ class InProcessHandle:
     def _run(self, begin: Callable[[], None]) -> None:
         begin()
         if self._core is not None:
-            try:
+            with contextlib.suppress(Exception):  # the loop has reported it as Failed
                 self._core.run()
-            except Exception:  # the loop has reported it as Failed
-                log.exception("instance %s failed", self.instance_id)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

@@ -13,8 +13,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from scheduler.types import FinishReason, Logprobs, RequestId, RequestSpec
+from serving.cluster.times import RequestMarks, RequestTimes
 from serving.errors import RequestError
-from serving.text.detokenizer import Detokenizer, StopFilter
+from serving.text.detokenizer import PLAIN_TEXT, Detokenizer, Shown, StopFilter
 from serving.text.tokenizer import TextCodec
 
 
@@ -39,7 +40,14 @@ class RequestStream:
     """One request as its client sees it. Belongs to the event loop's thread."""
 
     def __init__(
-        self, spec: RequestSpec, codec: TextCodec, stops: Sequence[str], wake: asyncio.Event
+        self,
+        spec: RequestSpec,
+        codec: TextCodec,
+        stops: Sequence[str],
+        wake: asyncio.Event,
+        shown: Shown = PLAIN_TEXT,
+        *,
+        arrived_at_s: float = 0.0,
     ) -> None:
         self.spec = spec
         self.num_tokens = 0  # delivered
@@ -47,9 +55,10 @@ class RequestStream:
         self.prompt_logprobs: list[Logprobs] = []  # of the second token of the prompt and on
         self.finish_reason: FinishReason | None = None
         self.error: RequestError | None = None
-        self.last_token_at_s: float | None = None
-        self._detokenizer = Detokenizer(codec)
-        self._stop_filter = StopFilter(stops)
+        self.marks = RequestMarks(arrived_at_s)
+        self._shown = shown
+        self._detokenizer = Detokenizer(codec, skip_special_tokens=not shown.special_tokens)
+        self._stop_filter = StopFilter(stops, shows_stop=shown.stop)
         self._wake = wake
         self._new_token_ids: list[int] = []
         self._new_text = ""
@@ -62,6 +71,11 @@ class RequestStream:
     @property
     def ended(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def times(self) -> RequestTimes:
+        """Where its time went so far."""
+        return self.marks.times()
 
     def take_prompt_logprobs(self, start: int, positions: Sequence[Logprobs]) -> None:
         """Keep those of prompt tokens `start` and on; a prompt computed again may repeat some."""
@@ -87,7 +101,7 @@ class RequestStream:
         self._new_token_ids.append(token_id)
         if self.spec.params.logprobs is not None:
             self._held_scored.append(ScoredToken(token_id, logprobs, self._num_decoded_chars))
-        if token_id not in self.spec.params.stop_token_ids:
+        if self._shown.stop or token_id not in self.spec.params.stop_token_ids:
             self._show(self._detokenizer.push((token_id,)))
         self._release_scored()
         self._wake.set()

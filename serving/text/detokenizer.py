@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from serving.text.tokenizer import TextCodec
 
@@ -13,6 +14,17 @@ _MAX_HELD_TOKENS = 4
 _MAX_CONTEXT_TOKENS = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What of an answer becomes text, beside the plain of it."""
+
+    stop: bool = False  # the stop string or stop token that ended it
+    special_tokens: bool = False
+
+
+PLAIN_TEXT = Shown()
+
+
 class Detokenizer:
     """Text of one answer. The pieces joined are the decoded whole.
 
@@ -20,8 +32,9 @@ class Detokenizer:
     (a leading space, a character in several tokens), and what is new.
     """
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, *, skip_special_tokens: bool = True) -> None:
         self._codec = codec
+        self._skips_special = skip_special_tokens
         self._context: list[int] = []  # emitted already; decoded again to see the difference
         self._held: list[int] = []  # not emitted yet
 
@@ -53,15 +66,19 @@ class Detokenizer:
         return text + self._emit()
 
     def _new_text(self, token_ids: list[int]) -> str:
-        before = self._codec.decode(self._context)
-        return self._codec.decode(self._context + token_ids)[len(before) :]
+        before, after = (
+            self._codec.decode(ids, skip_special_tokens=self._skips_special)
+            for ids in (self._context, self._context + token_ids)
+        )
+        return after[len(before) :]
 
 
 class StopFilter:
     """Cuts text at the first stop string, and holds back what may become one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, shows_stop: bool = False) -> None:
         self.stops = tuple(stops)
+        self._shows_stop = shows_stop
         self._held = ""
         self.matched: str | None = None
 
@@ -75,7 +92,8 @@ class StopFilter:
         found = [(at, stop) for stop in self.stops if (at := self._held.find(stop)) >= 0]
         if found:
             at, self.matched = min(found)
-            shown, self._held = self._held[:at], ""
+            end = at + len(self.matched) if self._shows_stop else at
+            shown, self._held = self._held[:end], ""
             return shown
         keep = max(self._overlap(stop) for stop in self.stops)
         cut = len(self._held) - keep

@@ -43,7 +43,7 @@ def test_the_scheduler_imports_nothing_but_the_standard_library():
         ("import engine.core, engine.fake, engine.messages", {"torch", "ray", "asyncio"}),
         ("import engine.build", {"torch", "ray", "asyncio"}),
         ("import serving.cli", {"torch", "ray", "fastapi", "uvicorn", "tokenizers", "numpy"}),
-        ("import serving.server", {"torch", "ray", "ortools", "transformers"}),
+        ("import serving.server", {"torch", "numpy", "ray", "ortools", "transformers"}),
         (every_module("engine"), {"ray", "fastapi", "tokenizers", "prometheus_client"}),
         (every_module("loadgen"), {"torch", "scheduler", "engine", "serving", "deploy"}),
         (every_module("deploy"), {"torch", "ray", "engine", "serving"}),

@@ -14,8 +14,9 @@ import statistics
 
 import numpy as np
 
-from engine.build import StartupTimes, build_engine
+from engine.build import build_engine
 from engine.config import EngineConfig
+from engine.startup import StartupTimes
 from scheduler.costs import StepShape
 from scheduler.instance.plan import Chunk, Join, StepPlan
 from scheduler.kv.blocks import BlockGroup

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from engine.build import CannotStart, StartupTimes, build_engine
+from engine.build import build_engine
 from engine.config import EngineConfig
+from engine.startup import CannotStart, StartupTimes
 from serving.progress import NoProgress
 
 FAKE = EngineConfig(model_name="fake", model_folder=None)

@@ -112,7 +112,9 @@ def test_a_failing_executor_is_reported_before_the_loop_ends():
     core.inbox.put(Submit(make_spec("a")))
     with pytest.raises(MemoryError):
         core.run()
-    assert reports == [Failed(cause="MemoryError: no room")]
+    (failed,) = reports
+    assert failed.cause == "MemoryError: no room"
+    assert "in submit" in failed.trace
     assert executor.closed
 
 

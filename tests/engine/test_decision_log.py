@@ -7,11 +7,12 @@ import random
 
 import pytest
 
-from engine.build import CannotStart, StartupTimes, build_engine
+from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.decision_log import RecordingScheduler, replay
 from engine.messages import Abort, Submit
+from engine.startup import CannotStart, StartupTimes
 from scheduler.instance.plan import StepResult
 from scheduler.request import InvariantError
 from scheduler.types import RequestId

@@ -25,7 +25,7 @@ from engine.attention.reference import ReferenceAttention
 from engine.batch import PersistentBatch
 from engine.bench.invariant import Choices
 from engine.bench.invariant import main as measure
-from engine.build import CannotStart, StartupTimes, build_engine
+from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.executors.sequential import SequentialExecutor
 from engine.kv.cache import KVCache
@@ -35,6 +35,7 @@ from engine.models.registry import load_model
 from engine.models.slices import DenseSlices
 from engine.row_ladder import SIZES
 from engine.sampler import SamplingRows
+from engine.startup import CannotStart, StartupTimes
 from scheduler.instance.plan import Chunk, Join, StepPlan
 from scheduler.kv.blocks import BlockGroup
 from scheduler.types import KVGeometry, RequestId, SamplingParams

@@ -56,6 +56,21 @@ def test_a_step_of_decodes_is_an_empty_plan():
     assert (plan.leaves, plan.joins, plan.appends, plan.chunks) == ((), (), (), ())
 
 
+def test_the_size_of_a_step_is_told_when_it_has_completed():
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    for name, prompt in (("a", (1, 2)), ("b", range(30))):
+        scheduler.add(make_spec(name, prompt), 0.0)
+    sizes = [scheduler.view().last_step]
+    plans = [scheduler.plan_step(0.0), scheduler.plan_step(0.0)]  # two in flight
+    for plan in plans:
+        finish_step(scheduler, plan, a=1)
+        sizes.append(scheduler.view().last_step)
+    assert sizes == [(0, 0), (8, 2), (8, 2)]
+    scheduler.abort("b")
+    finish_step(scheduler, scheduler.plan_step(0.0), a=1)
+    assert scheduler.view().last_step == (1, 1)
+
+
 def test_decodes_come_before_a_long_prompt_in_the_budget():
     scheduler = make_scheduler(max_num_batched_tokens=8)
     scheduler.add(make_spec("a", (1, 2)), 0.0)

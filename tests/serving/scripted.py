@@ -19,17 +19,21 @@ from scheduler.types import (
     StartedEvent,
     TokenEvent,
 )
+from serving.api.admin import create_admin_app
 from serving.api.app import create_app
 from serving.api.service import Service
 from serving.cluster import wire
 from serving.cluster.driver import ClusterDriver
 from serving.config import ServeConfig
 from serving.metrics import Metrics
-from serving.text.chat import ChatTemplate
+from serving.ports import PortRules
+from serving.text.chat import chat_template
 from serving.text.tokenizer import fake_codec
 from tests.factories import make_geometry
 
 CODEC = fake_codec()
+TEMPLATE = chat_template(CODEC)  # its processes serve all tests
+JSON = {"content-type": "application/json"}
 MAX_MODEL_LEN = 64
 VIEW = InstanceView(
     num_running=0,
@@ -75,6 +79,7 @@ class ScriptedHandle:
         self.specs = {}
         self.answers_inspections = True
         self.was_inspected = asyncio.Event()
+        self.was_submitted = asyncio.Event()
         self._script_of = script_of
         self._tasks = {}
 
@@ -88,6 +93,7 @@ class ScriptedHandle:
         match command:
             case Submit(spec):
                 self.specs[spec.request_id] = spec
+                self.was_submitted.set()
                 self._tasks[spec.request_id] = asyncio.ensure_future(self._run(spec))
             case Abort(request_id):
                 self._tasks[request_id].cancel()
@@ -139,6 +145,7 @@ class ScriptedHandle:
 class Answer:
     status: int
     text: str
+    headers: dict[str, str]
 
     def json(self):
         return json.loads(self.text)
@@ -153,10 +160,9 @@ class Answer:
 class Server:
     """An API over a scripted instance; its calls are those of a client."""
 
-    def __init__(self, script_of, *, debug_endpoints=False, **engine):
+    def __init__(self, script_of, **engine):
         self.handle = ScriptedHandle(script_of)
         self.metrics = Metrics("m")
-        self._debug_endpoints = debug_endpoints
         self._engine = EngineConfig(model_name="m", model_folder=None, **engine)
 
     async def __aenter__(self):
@@ -164,15 +170,16 @@ class Server:
             ClusterScheduler(), CODEC, self.metrics, max_requests_per_instance=64
         )
         service = Service(
-            config=ServeConfig(engine=self._engine, debug_endpoints=self._debug_endpoints),
+            config=ServeConfig(engine=self._engine),
             ready=await self.driver.start(self.handle),
             codec=CODEC,
-            template=ChatTemplate(CODEC.template, {}),
+            template=TEMPLATE,
             driver=self.driver,
             metrics=self.metrics,
             started_at=0,
         )
-        self._app = create_app(service)
+        self._app = create_app(service, PortRules(any_host=True))
+        self._admin_app = create_admin_app(service, PortRules(any_host=True))
         return self
 
     async def __aexit__(self, *_):
@@ -184,6 +191,9 @@ class Server:
 
     async def get(self, path):
         return await self._call("GET", path, b"")
+
+    async def admin(self, method, path):
+        return await self._call(method, path, b"", app=self._admin_app)
 
     async def complete(self, **body):
         return await self._post("/v1/completions", {"prompt": "Once"} | body)
@@ -197,7 +207,7 @@ class Server:
     async def _post(self, path, body):
         return await self._call("POST", path, json.dumps(body).encode())
 
-    async def _call(self, method, path, body):
+    async def _call(self, method, path, body, headers=JSON, app=None):
         """One HTTP exchange as ASGI has it; the client stays until the answer is complete."""
         scope = {
             "type": "http",
@@ -209,7 +219,7 @@ class Server:
             "query_string": b"",
             "root_path": "",
             "scheme": "http",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
             "client": ("test", 1),
             "server": ("test", 80),
         }
@@ -219,9 +229,10 @@ class Server:
         async def send(message):
             sent.append(message)
 
-        await self._app(scope, inbox.get, send)
+        await (app or self._app)(scope, inbox.get, send)
         payload = b"".join(message.get("body", b"") for message in sent[1:])
-        return Answer(sent[0]["status"], payload.decode())
+        received = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return Answer(sent[0]["status"], payload.decode(), received)
 
     def metric(self, name):
         lines = self.metrics.render().decode().splitlines()

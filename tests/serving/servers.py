@@ -29,10 +29,24 @@ class RunningServer:
         return self.process.wait(timeout=60)
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process has started and not buried."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @contextlib.contextmanager
-def running_server(*args: str, env: dict[str, str] | None = None) -> Iterator[RunningServer]:
-    """Start `hocket serve ARGS` on a free port; yields when the ready block has been printed."""
-    command = [sys.executable, "-c", "from serving.cli import main; main()", "serve", "--port", "0"]
+def running_server(
+    *args: str,
+    env: dict[str, str] | None = None,
+    start_new_session: bool = False,
+    prelude: str = "",
+) -> Iterator[RunningServer]:
+    """Start `hocket serve ARGS` on a free port; yields when the ready block has been printed.
+
+    `prelude` is what its process does first.
+    """
+    program = f"{prelude}\nfrom serving.cli import main; main()"
+    command = [sys.executable, "-c", program, "serve", "--port", "0"]
     with subprocess.Popen(
         [*command, *args],
         stdout=subprocess.PIPE,
@@ -40,6 +54,7 @@ def running_server(*args: str, env: dict[str, str] | None = None) -> Iterator[Ru
         text=True,
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+        start_new_session=start_new_session,
     ) as process:
         try:
             block, started = "", None

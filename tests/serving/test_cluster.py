@@ -1,4 +1,4 @@
-"""From the driver to an instance and back: the handle's contract, streams, and lost instances."""
+"""From the driver to an instance and back: streams, lost instances, messages on the wire."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from serving.errors import InstanceLost, Unavailable
 from serving.metrics import Metrics
 from serving.text.tokenizer import fake_codec
 from tests.factories import make_executor, make_geometry, make_scheduler, make_spec
-from tests.properties.law import solo
 
 CODEC = fake_codec()
 
@@ -38,70 +37,6 @@ CODEC = fake_codec()
 def build(emit, executor=None, **settings):
     core = EngineCore(make_scheduler(**settings), executor or make_executor(), emit)
     return core, Ready("m", "checksum", "none", 256, make_geometry())
-
-
-@pytest.fixture(params=[False, True], ids=["by reference", "through the wire"])
-def handle(request):
-    """Every handle keeps the same contract; each test below runs against all of them."""
-    return InProcessHandle(InstanceId("i0"), build, through_wire=request.param)
-
-
-async def until_finished(reports, *names):
-    def missing():
-        ended = {e.request_id for r in reports if isinstance(r, StepEvents) for e in r.finished}
-        return set(names) - ended
-
-    async with asyncio.timeout(20):
-        while missing():  # noqa: ASYNC110 (the reports come by themselves)
-            await asyncio.sleep(0)
-
-
-def tokens_of(reports, name):
-    return [e.token_id for r in reports for e in r.tokens if e.request_id == name]
-
-
-def test_a_handle_serves_and_reports_in_order(handle):
-    async def scenario():
-        reports = []
-        ready = await handle.start(reports.append)
-        assert ready.geometry == make_geometry()
-        specs = [make_spec(name, (1, 2, 3), max_tokens=20) for name in ("a", "b")]
-        for spec in specs:
-            handle.send(Submit(spec))
-        await until_finished(reports, "a", "b")
-        await handle.stop()
-        await handle.stop()
-        for spec in specs:
-            assert tokens_of(reports, spec.request_id) == solo(spec)[0]
-        steps = [report.view.num_steps for report in reports]
-        assert steps == sorted(steps)
-
-    asyncio.run(scenario())
-
-
-def test_a_handle_aborts(handle):
-    async def scenario():
-        reports = []
-        await handle.start(reports.append)
-        handle.send(Submit(make_spec("a", max_tokens=200)))
-        handle.send(Abort(RequestId("a")))
-        await until_finished(reports, "a")
-        await handle.stop()
-        (ended,) = [e for r in reports for e in r.finished]
-        assert ended.reason is FinishReason.ABORT
-
-    asyncio.run(scenario())
-
-
-def test_what_cannot_be_built_is_raised_at_the_start():
-    def fail(emit):
-        raise MemoryError("no room")
-
-    async def scenario():
-        with pytest.raises(MemoryError, match="no room"):
-            await InProcessHandle(InstanceId("i0"), fail).start(lambda report: None)
-
-    asyncio.run(scenario())
 
 
 class BreaksAtStep:

@@ -74,7 +74,7 @@ def test_null_means_default():
         answers, spec = ask([(path, {"seed": 1}), (path, {"seed": 1} | dict.fromkeys(names))])
         assert [answer.status for answer in answers] == [200, 200]
         assert spec.params.repetition_penalty == 1.0
-        assert (spec.priority, spec.cache_salt) == (0, "")
+        assert spec.priority == 0
         whole, nulls = (answer.json()["choices"] for answer in answers)
         assert whole == nulls
 
@@ -118,8 +118,26 @@ def test_null_means_default():
         ({"cache_salt": 3}, "cache_salt"),
         ({"cache_salt": "\ud800"}, "cache_salt"),
         ({"bad_words": ["\ud800"]}, "bad_words"),
-        ({"skip_special_tokens": False}, "skip_special_tokens"),
-        ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+        ({"skip_special_tokens": "no"}, "skip_special_tokens"),
+        ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": MAX_MODEL_LEN + 1}, "truncate_prompt_tokens"),
+        ({"best_of": 2}, "best_of"),
+        ({"best_of": 3, "n": 2}, "best_of"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"request_id": "two\nlines"}, "request_id"),
+        ({"request_id": ""}, "request_id"),
+        ({"tools": [{}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"suffix": "x"}, "suffix"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream_options": {"include_usage": "yes"}, "stream": True}, "stream_options"),
     ],
 )
 @pytest.mark.parametrize("path", ["completions", "chat"])
@@ -169,9 +187,19 @@ def test_priorities_need_the_policy_and_say_so():
     assert (answer.status, spec.priority) == (200, -3)
 
 
-def test_a_salt_reaches_the_scheduler():
-    (answer,), spec = ask([("completions", {"cache_salt": "mine", "n": 2})])
-    assert (answer.status, spec.cache_salt) == (200, "mine")
+def test_a_salt_is_mixed_with_a_secret_and_reaches_the_scheduler():
+    async def scenario():
+        async with Server(says("a")) as server:
+            for salt in ("mine", "mine", "yours", None):
+                await server.complete(cache_salt=salt, n=2)
+            return [spec.cache_salt for spec in server.handle.specs.values()]
+
+    first, second = asyncio.run(scenario()), asyncio.run(scenario())
+    for salts in (first, second):
+        mine, mine_too, mine_again, _, yours, _, none, _ = salts
+        assert mine == mine_too == mine_again
+        assert len({mine, yours, none, "mine", ""}) == 5
+    assert not set(first) & set(second), "nobody can compute the salt of another start"
 
 
 def test_unseeded_choices_and_prompts_draw_for_themselves():

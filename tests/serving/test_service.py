@@ -9,7 +9,8 @@ import pytest
 
 from engine.messages import Abort
 from scheduler.types import FinishReason
-from serving.api import debug
+from serving.api import admin
+from tests.factories import make_spec
 from tests.serving.scripted import MAX_MODEL_LEN, Script, Server, encode, says
 
 
@@ -53,6 +54,20 @@ def test_metrics_count_what_the_prefix_cache_gave():
         assert server.metric("hocket_queue_time_seconds_sum") == 1.0
 
     run(scenario, cached)
+
+
+def test_a_stream_tells_where_its_time_went():
+    async def scenario(server):
+        group = server.driver.submit([make_spec("a", (1, 2), max_tokens=2)], ())
+        (stream,) = group.streams
+        assert stream.times.ttft_s is None
+        await group.whole()
+        times = stream.times
+        assert (times.queue_s, times.num_tokens) == (0.5, 2)
+        assert 0 < times.ttft_s < times.ttft_s + times.decode_s <= times.e2e_s
+        assert times.tpot_s == times.decode_s
+
+    run(scenario, says("ab"))
 
 
 # --- a request that fails in the model ---
@@ -127,21 +142,12 @@ def test_the_instance_is_told_how_many_tokens_count(text, stop, counted):
 # --- /debug/state ---
 
 
-def test_the_state_is_shown_only_when_asked_for():
-    async def scenario(server):
-        answer = await server.get("/debug/state")
-        assert answer.status == 404
-        assert "--debug-endpoints" in answer.json()["error"]["message"]
-
-    run(scenario, says("a"))
-
-
 def test_the_state_tells_where_requests_stand_and_nothing_of_what_they_say():
     async def scenario(server):
         task = asyncio.ensure_future(server.complete(prompt="secret?", max_tokens=50))
         while not server.metric("hocket_generation_tokens_total"):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
-        answer = await server.get("/debug/state")
+        answer = await server.admin("GET", "/debug/state")
         assert answer.status == 200
         state = answer.json()
         assert state["instances"] == {"i0": {"num_requests": 1}}
@@ -155,36 +161,36 @@ def test_the_state_tells_where_requests_stand_and_nothing_of_what_they_say():
         assert "hush" not in answer.text
         assert str(encode("secret?"))[1:-1].replace(" ", "") not in answer.text
         await task
-        assert json.loads((await server.get("/debug/state")).text)["streams"] == {}
+        assert json.loads((await server.admin("GET", "/debug/state")).text)["streams"] == {}
 
-    run(scenario, says("hush" * 12), debug_endpoints=True)
+    run(scenario, says("hush" * 12))
 
 
 def test_an_instance_that_does_not_answer_is_503(monkeypatch):
-    monkeypatch.setattr(debug, "_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(admin, "_TIMEOUT_S", 0.01)
 
     async def scenario(server):
         server.handle.answers_inspections = False
-        answer = await server.get("/debug/state")
+        answer = await server.admin("GET", "/debug/state")
         assert answer.status == 503
         assert answer.json()["error"]["code"] == "no_answer"
         assert "i0" in answer.json()["error"]["message"]
         server.handle.answers_inspections = True
-        assert (await server.get("/debug/state")).status == 200
+        assert (await server.admin("GET", "/debug/state")).status == 200
 
-    run(scenario, says("a"), debug_endpoints=True)
+    run(scenario, says("a"))
 
 
 def test_a_lost_instance_keeps_nobody_waiting():
     async def scenario(server):
         server.handle.answers_inspections = False
-        waiting = asyncio.ensure_future(server.get("/debug/state"))
+        waiting = asyncio.ensure_future(server.admin("GET", "/debug/state"))
         await server.handle.was_inspected.wait()
         server.handle.fail()
         assert (await waiting).json()["instances"] == {"i0": None}
-        assert (await server.get("/debug/state")).json()["instances"] == {"i0": None}
+        assert (await server.admin("GET", "/debug/state")).json()["instances"] == {"i0": None}
 
-    run(scenario, says("a"), debug_endpoints=True)
+    run(scenario, says("a"))
 
 
 # --- the window ---

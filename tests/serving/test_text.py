@@ -105,7 +105,7 @@ def test_what_may_become_a_stop_string_is_held_back():
 
 def test_the_template_renders_and_refuses():
     template = ChatTemplate(FAKE_CHAT_TEMPLATE, {})
-    assert template.render([{"role": "user", "content": "hi"}]) == (
+    assert template.render([{"role": "user", "content": "hi"}]).text == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
     refusing = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})

@@ -1,0 +1,53 @@
+"""Heads of requests are bounded, and say plainly how long the body is and what it is made of."""
+
+from __future__ import annotations
+
+import re
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.api.refusal import refuse
+from serving.errors import HeadersTooLarge, InvalidRequest, RequestError, UnsupportedMedia
+
+MAX_FIELDS = 100
+MAX_BYTES = 64 << 10  # of names and values together, and of the target
+
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # what terminals obey; the tab is allowed
+
+
+class HeaderLimits:
+    """ASGI middleware. The HTTP parser has refused what is no HTTP, and heads that never end."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            error = _problem(scope)
+            if error is not None:
+                await refuse(error, scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _problem(scope: Scope) -> RequestError | None:
+    fields = scope["headers"]
+    num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+    num_bytes += sum(len(name) + len(value) for name, value in fields)
+    if len(fields) > MAX_FIELDS or num_bytes > MAX_BYTES:
+        return HeadersTooLarge(
+            f"a request may have {MAX_FIELDS} header fields, and {MAX_BYTES} bytes of them and the "
+            "path together"
+        )
+    if scope["http_version"] not in ("1.0", "1.1"):
+        return InvalidRequest("this server speaks HTTP/1.1")
+    if any(_CONTROL.search(value) for _, value in fields):
+        return InvalidRequest("a header field holds a control character")
+    headers = Headers(scope=scope)
+    if "transfer-encoding" in headers and "content-length" in headers:
+        # A proxy may believe one and we the other: the rest would be read as another's request.
+        return InvalidRequest("a body has a Content-Length or a Transfer-Encoding, not both")
+    if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+        return UnsupportedMedia("compressed bodies are not accepted; send it as it is")
+    return None

@@ -1,0 +1,281 @@
+"""An instance in a process of its own, behind a socket: one connection is one incarnation.
+
+End of file is its death; so are garbage, unread commands and work owed without a step. Whatever the
+way, the process is gone before `Failed` is reported, and nothing follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.messages import (
+    CannotStart,
+    Command,
+    Failed,
+    Inspected,
+    PhaseAdvanced,
+    PhaseBegun,
+    Ready,
+    Report,
+    StartReport,
+    StepEvents,
+    Stop,
+    Submit,
+)
+from engine.startup import Progress
+from scheduler.types import InstanceId
+from serving.cluster import wire
+from serving.cluster.child import PROGRAM, Child
+from serving.cluster.frames import FrameDecoder, FrameError, frame
+from serving.cluster.output import OutputRelay
+from serving.cluster.watchdog import Watchdog
+from serving.errors import UserError
+from serving.progress import NoProgress
+
+log = logging.getLogger(__name__)
+
+# Commands are small beside what one instance may be given at a time (prompts within the body
+# limit): so much unread means that nobody reads.
+_MAX_UNREAD_BYTES = 128 << 20
+_END_GRACE_S = 1.0  # for a process that is to end by itself, to finish its step
+_KILL_GRACE_S = 2.0  # for the kernel to take down one that it was told to kill
+_DUMP_S = 0.2  # for a stuck process to write where it is
+_OUTPUT_GRACE_S = 0.2  # for its last words
+_POLL_S = 0.005
+_MAX_CAUSE_CHARS = 500
+_DUMP_SIGNAL = signal.SIGUSR2  # `serving.instance` obeys it
+
+
+class ProcessHandle:
+    """See `serving.cluster.handle`. Belongs to the event loop, whose thread must outlive it."""
+
+    def __init__(  # noqa: PLR0913 (all but the first two have a value that serves)
+        self,
+        instance_id: InstanceId,
+        config: EngineConfig,
+        *,
+        watchdog_timeout_s: float = 30.0,
+        startup_timeout_s: float = 600.0,
+        child: Child | None = None,
+        program: Sequence[str] = PROGRAM,
+        progress: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`child` is a process that was started, and told to begin, before there was a loop."""
+        self.instance_id = instance_id
+        self._config = config
+        self._startup_timeout_s = startup_timeout_s
+        self._child = child
+        self._program = program
+        self._progress = progress or NoProgress()
+        self._clock = clock
+        self._watchdog = Watchdog(watchdog_timeout_s)
+        self._decoder = FrameDecoder()
+        self._output = OutputRelay(instance_id)
+        self._transports: list[asyncio.BaseTransport] = []
+        self._commands: asyncio.WriteTransport | None = None  # while they are taken
+        self._on_report: Callable[[Report], None] = lambda _: None
+        self._started: asyncio.Future[Ready] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._heard_at_s = 0.0
+        self._ending: asyncio.Task[None] | None = None  # when this is set, all is over
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process, once there is one."""
+        return None if self._child is None else self._child.pid
+
+    async def start(self, on_report: Callable[[Report], None]) -> Ready:
+        loop = asyncio.get_running_loop()
+        self._on_report = on_report
+        self._heard_at_s = self._clock()
+        self._started = loop.create_future()
+        child = self._child = self._child or self._begun()
+        pipe, _ = await loop.connect_read_pipe(lambda: self._output, child.output)
+        self._transports.append(pipe)
+        connection, _ = await loop.create_unix_connection(
+            lambda: _Received(self._on_data, self._on_closed), sock=child.connection
+        )
+        self._transports.append(connection)
+        self._watching = loop.create_task(self._watch(self._started))
+        ready = await self._started
+        if self._ending is None:
+            self._commands = connection
+        return ready
+
+    def send(self, command: Command) -> None:
+        if self._commands is None:
+            return
+        if isinstance(command, Submit):
+            self._watchdog.submitted(command.spec.request_id, self._clock())
+        self._commands.write(frame(wire.encode(command)))
+        num_unread_bytes = self._commands.get_write_buffer_size()
+        if num_unread_bytes > _MAX_UNREAD_BYTES:
+            self._end(_End(f"it left {num_unread_bytes:,} bytes of commands unread"))
+
+    async def stop(self) -> None:
+        if self._started is None or self._child is None:  # it never began
+            return
+        if self._ending is None:
+            is_serving = self._commands is not None
+            self.send(Stop())
+            self._commands = None
+            self._started.cancel()
+            grace_s = _END_GRACE_S if is_serving else 0.0
+            self._ending = asyncio.get_running_loop().create_task(self._take_down(grace_s))
+        await asyncio.shield(self._ending)
+
+    # --- what comes from the process ---
+
+    def _on_data(self, data: bytes) -> None:
+        try:
+            for payload in self._decoder.feed(data):
+                if self._ending is not None:
+                    return
+                self._on_message(wire.decode_any_report(payload))
+        except (FrameError, msgspec.DecodeError) as error:
+            self._end(_End(f"it sent what is no message: {error}"))
+        except Exception as error:  # noqa: BLE001 (whoever took the report is at odds with it)
+            what = f"its report could not be handled: {type(error).__name__}: {error}"
+            self._end(_End(what, trace=traceback.format_exc()))
+
+    def _on_message(self, message: Report | StartReport) -> None:
+        assert self._started is not None
+        self._heard_at_s = self._clock()
+        match message:
+            case StepEvents():
+                self._watchdog.progressed(message, self._heard_at_s)
+                self._on_report(message)
+            case Inspected():
+                self._on_report(message)
+            case Failed(cause, trace):
+                self._end(_End(cause, trace=trace, grace_s=_END_GRACE_S))
+            case PhaseBegun(title, total):
+                self._progress.phase(title, total)
+            case PhaseAdvanced(done):
+                self._progress.advance(done)
+            case CannotStart(cause, remedy):
+                self._end(_End(cause, remedy, grace_s=_END_GRACE_S))
+            case Ready():
+                if not self._started.done():
+                    self._started.set_result(message)
+            case _:
+                assert_never(message)
+
+    def _on_closed(self) -> None:
+        self._end(_End(grace_s=_END_GRACE_S))
+
+    async def _watch(self, started: asyncio.Future[Ready]) -> None:
+        while self._ending is None:
+            await asyncio.sleep(self._watchdog.interval_s)
+            now = self._clock()
+            wrong = self._watchdog.verdict(now)
+            if not started.done() and now - self._heard_at_s > self._startup_timeout_s:
+                wrong = f"it said nothing for {self._startup_timeout_s:g} s while it started"
+            if wrong is not None:
+                self._end(_End(wrong, is_stuck=True))
+
+    # --- its end ---
+
+    def _end(self, end: _End) -> None:
+        """Take the process down and report why; the first call counts."""
+        if self._ending is None:
+            self._commands = None
+            self._ending = asyncio.get_running_loop().create_task(self._bury(end))
+
+    async def _bury(self, end: _End) -> None:
+        assert self._child is not None
+        assert self._started is not None
+        if end.is_stuck:
+            self._child.signal(_DUMP_SIGNAL)
+            await asyncio.sleep(_DUMP_S)
+        await self._take_down(end.grace_s)
+        cause = _one_line(end.cause or self._child.how_it_ended(self._output.last_line))
+        if self._started.cancelled():  # nobody waits for it any more
+            return
+        if self._started.done():
+            self._on_report(Failed(cause, end.trace))
+        elif end.remedy:
+            self._started.set_exception(UserError(cause, end.remedy))
+        else:
+            log.debug("%s ended while it started:\n%s", self.instance_id, end.trace)
+            self._started.set_exception(
+                UserError(
+                    f"the process of the model ended while it started: {cause}",
+                    "if memory ran out lower --kv-memory, else see above what it printed",
+                )
+            )
+
+    async def _take_down(self, grace_s: float) -> None:
+        """Return when the process is gone and what it printed was read; close what was ours."""
+        assert self._child is not None
+        if not await self._is_gone_within(grace_s):
+            self._child.signal(signal.SIGKILL)
+            await self._is_gone_within(_KILL_GRACE_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._output.ended.wait(), _OUTPUT_GRACE_S)
+        if self._watching is not None:
+            self._watching.cancel()
+        for transport in self._transports:
+            transport.close()
+        self._child.close()
+
+    async def _is_gone_within(self, seconds: float) -> bool:
+        assert self._child is not None
+        deadline_s = self._clock() + seconds
+        while not self._child.has_ended():
+            if self._clock() >= deadline_s:
+                return False
+            await asyncio.sleep(_POLL_S)
+        return True
+
+    def _begun(self) -> Child:
+        try:
+            child = Child(self._program)
+        except OSError as error:
+            raise UserError(
+                f"the process of the model cannot be started: {error.strerror}",
+                "see that memory and the number of processes are not at their limits",
+            ) from error
+        child.begin(self._config)
+        return child
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How an incarnation ends, as far as that is known before its process is gone."""
+
+    cause: str = ""  # none: its exit status tells
+    remedy: str = ""  # if the user can mend it
+    trace: str = ""
+    grace_s: float = 0.0  # to end by itself
+    is_stuck: bool = False
+
+
+class _Received(asyncio.Protocol):
+    """Hands on what the connection brings."""
+
+    def __init__(self, on_data: Callable[[bytes], None], on_closed: Callable[[], None]) -> None:
+        self._on_data = on_data
+        self._on_closed = on_closed
+
+    def data_received(self, data: bytes) -> None:
+        self._on_data(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self._on_closed()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_MAX_CAUSE_CHARS]

@@ -1,0 +1,94 @@
+"""Keeps one instance up: starts it, and starts it again, later and later, when it is lost.
+
+Each start is a new incarnation with a handle of its own. It does not say who gets work; the driver
+is told by the handle's reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from engine.messages import Ready
+from serving.cluster.driver import ClusterDriver
+from serving.cluster.handle import InstanceHandle
+from serving.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FIRST_DELAY_S = 0.5
+MAX_DELAY_S = 30.0
+# One that served for so long was well: what ended it is not what a start meets again at once.
+WELL_AFTER_S = 60.0
+
+
+class Supervisor:
+    """`make` returns the handle of incarnation 1, 2, ...; belongs to the event loop's thread."""
+
+    def __init__(
+        self,
+        driver: ClusterDriver,
+        make: Callable[[int], InstanceHandle],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._driver = driver
+        self._make = make
+        self._clock = clock
+        self._sleep = sleep
+        self._incarnation = 0
+        self._delay_s = FIRST_DELAY_S
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def start(self) -> Ready:
+        """Bring the instance up and keep it up from now on. Raises UserError if it cannot start.
+
+        What fails at the first start would fail again; what fails later may pass.
+        """
+        handle, ready = await self._start()
+        self._keeping = asyncio.get_running_loop().create_task(self._keep(handle))
+        return ready
+
+    async def stop(self) -> None:
+        """Start nothing any more; what runs is the driver's to stop."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeping
+
+    async def _keep(self, handle: InstanceHandle) -> None:
+        while True:
+            up_at_s = self._clock()
+            await self._driver.until_lost(handle)
+            if self._clock() - up_at_s >= WELL_AFTER_S:
+                self._delay_s = FIRST_DELAY_S
+            handle = await self._restart(handle)
+
+    async def _restart(self, handle: InstanceHandle) -> InstanceHandle:
+        while True:
+            if self._driver.draining:  # there is no work for it any more
+                await asyncio.Event().wait()
+            log.warning("instance %s starts again in %g s", handle.instance_id, self._delay_s)
+            await self._sleep(self._delay_s)
+            self._delay_s = min(2 * self._delay_s, MAX_DELAY_S)
+            start_s = self._clock()
+            try:
+                handle, _ = await self._start()
+            except Exception as error:  # noqa: BLE001 (whatever it was, it may pass)
+                what = f"{type(error).__name__}: {error}"
+                if isinstance(error, UserError):
+                    what = f"{error.cause}; {error.remedy}"
+                log.error("instance %s does not start: %s", handle.instance_id, what)
+                continue
+            seconds = self._clock() - start_s
+            log.warning("instance %s is up again, started in %.2f s", handle.instance_id, seconds)
+            return handle
+
+    async def _start(self) -> tuple[InstanceHandle, Ready]:
+        self._incarnation += 1
+        handle = self._make(self._incarnation)
+        return handle, await self._driver.start(handle)

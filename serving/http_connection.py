@@ -1,0 +1,120 @@
+"""One HTTP connection: uvicorn's, with bounds on how long it may say nothing whole.
+
+Decides nothing about requests. What is no HTTP gets the same error object as any other mistake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import sys
+from typing import Any, ClassVar
+
+import h11
+import msgspec
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serving.errors import (
+    HeadersTooLarge,
+    InvalidRequest,
+    RequestError,
+    RequestTimedOut,
+    Unavailable,
+)
+
+# Of one head while it is incomplete; the application checks those that come in one piece.
+MAX_HEAD_BYTES = 64 << 10
+
+_MAX_CONNECTIONS = 8192
+_RESERVED_FILES = 64  # descriptors for all else than connections
+
+_REASONS = {
+    400: b"Bad Request",
+    408: b"Request Timeout",
+    431: b"Request Header Fields Too Large",
+    503: b"Service Unavailable",
+}
+
+
+class Connection(H11Protocol):
+    """Whoever connects must send a whole head within a time: the first, and each after it began.
+
+    uvicorn bounds only the time between two requests.
+    """
+
+    head_timeout_s: ClassVar[float] = 10.0
+    max_connections: ClassVar[int] = _MAX_CONNECTIONS
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._room():
+            self._refuse(Unavailable("too many connections", code="too_many_connections"))
+        else:
+            self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._time_head()
+        else:
+            self._stop_timing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timing()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
+        """Uvicorn calls this from where it caught h11's error."""
+        error = sys.exception()
+        hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        if hint == HeadersTooLarge.status:
+            self._refuse(HeadersTooLarge(f"the head must not exceed {MAX_HEAD_BYTES} bytes"))
+        else:
+            self._refuse(InvalidRequest("this is not a valid HTTP request"))
+
+    def _should_upgrade(self) -> bool:
+        return False  # to nothing, and without uvicorn's lines in the log for each who asks
+
+    def _room(self) -> int:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return min(self.max_connections, soft - _RESERVED_FILES)
+
+    def _time_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_is_late)
+
+    def _stop_timing(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self.conn.trailing_data[0]:
+            self._refuse(
+                RequestTimedOut(f"the head did not arrive within {self.head_timeout_s:g} s")
+            )
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer and close; where an answer has begun, only close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = msgspec.json.encode(error.body())
+            headers = error.headers() | {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                "connection": "close",
+            }
+            head = h11.Response(
+                status_code=error.status,
+                headers=list(headers.items()),
+                reason=_REASONS[error.status],
+            )
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

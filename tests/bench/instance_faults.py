@@ -1,0 +1,212 @@
+"""Kills and freezes the process of the model in turn, under load, and looks at what is left.
+
+    python -m tests.bench.instance_faults [--rounds 50] [--watchdog-timeout 2]
+
+A server of the checksum executor over HTTP; half of the clients stream. For each round: how long
+until the server knows (`/health` is 503), until every request that ran has its error, and until it
+is ready again. After the last: processes and open files of the server against those before the
+first. Each restart waits for the first back-off only, as if every incarnation had served for a
+minute. Ends with 1 if a client saw anything but an answer, a proper error or 503, or on a leak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import aiohttp
+
+from tests.serving.servers import RunningServer, children_of, running_server
+
+NUM_CLIENTS = 16
+MAX_TOKENS = (10, 40, 160, 640)
+_POLL_S = 0.005
+_PATIENCE_S = 60.0
+# Every incarnation counts as one that was well.
+_PRELUDE = "from serving.cluster import supervisor; supervisor.WELL_AFTER_S = 0.0"
+Times = dict[str, list[dict[str, float]]]  # by fault, for each round
+PROPER = ("answered", "500 instance_failed", "event instance_failed, [DONE]", "503 no_instance")
+
+
+class Clients:
+    """A closed loop of clients, and what each request came to."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.num_open = 0
+        self._session = session
+        self._url = url
+        self._is_over = False
+        self._generation = 0
+        self._open_of: Counter[int] = Counter()
+
+    async def run(self) -> None:
+        await asyncio.gather(*(self._client(number) for number in range(NUM_CLIENTS)))
+
+    def end(self) -> None:
+        self._is_over = True
+
+    def mark(self) -> int:
+        """Return a number for the requests that are open now."""
+        self._generation += 1
+        return self._generation - 1
+
+    def has_open(self, mark: int) -> bool:
+        return any(count for number, count in self._open_of.items() if number <= mark)
+
+    async def _client(self, number: int) -> None:
+        while not self._is_over:
+            generation = self._generation
+            self._open_of[generation] += 1
+            try:
+                length = MAX_TOKENS[number // 2 % len(MAX_TOKENS)]
+                outcome = await self._ask(length, stream=number % 2 == 0)
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                outcome = f"{type(error).__name__}: {error}"
+            finally:
+                self._open_of[generation] -= 1
+            self.outcomes[outcome] += 1
+            if outcome.startswith("503"):
+                await asyncio.sleep(0.1)
+
+    async def _ask(self, length: int, *, stream: bool) -> str:
+        body = {"prompt": "Once", "max_tokens": length, "ignore_eos": True, "stream": stream}
+        async with self._session.post(f"{self._url}/v1/completions", json=body) as response:
+            payload = await response.read()
+        if response.status != 200:
+            error = json.loads(payload)["error"]
+            if response.status == 503 and "retry-after" not in response.headers:
+                return "503 without Retry-After"
+            return f"{response.status} {error['code']}"
+        if not stream:
+            return "answered" if json.loads(payload)["usage"] else "no usage"
+        *events, done, rest = payload.split(b"\n\n")
+        last = json.loads(events[-1].removeprefix(b"data: "))
+        end = ", [DONE]" if (done, rest) == (b"data: [DONE]", b"") else ", torn"
+        if "error" in last:
+            return f"event {last['error']['code']}{end}"
+        return "answered" if end == ", [DONE]" else f"answered{end}"
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not await condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"waited {_PATIENCE_S:g} s in vain until {what}")
+        await asyncio.sleep(_POLL_S)
+
+
+async def one_round(
+    session: aiohttp.ClientSession, server: RunningServer, clients: Clients, number: signal.Signals
+) -> dict[str, float]:
+    async def status(path: str) -> int:
+        async with session.get(f"{server.url}{path}") as response:
+            return response.status
+
+    async def is_loaded() -> bool:
+        async with session.get(f"{server.url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        return any(
+            line.startswith("hocket_requests_running{")
+            and float(line.split()[-1]) > NUM_CLIENTS / 2
+            for line in lines
+        )
+
+    async def is_known() -> bool:
+        return await status("/health") == 503
+
+    async def is_told() -> bool:
+        return not clients.has_open(mark)
+
+    async def is_ready() -> bool:
+        return await status("/ready") == 200
+
+    await until(is_loaded, "most clients are served")
+    await asyncio.sleep(0.3)  # so that some are answered
+    (child,) = children_of(server.process.pid)
+    mark = clients.mark()
+    start_s = time.monotonic()
+    os.kill(child, number)
+    times = {}
+    for name, condition in (("known", is_known), ("told", is_told), ("ready", is_ready)):
+        await until(condition, f"it is {name} after {number.name}")
+        times[name] = time.monotonic() - start_s
+    if is_there(child):
+        raise SystemExit(f"process {child} is still there")
+    return times
+
+
+def is_there(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def files_of(pid: int) -> Counter[str]:
+    """Count open files by kind: socket, pipe, memfd, anon_inode, file."""
+    kinds: Counter[str] = Counter()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        target = str(path.readlink())
+        kind = "memfd" if "memfd:" in target else target.split(":")[0]
+        kinds[kind if not kind.startswith("/") else "file"] += 1
+    return kinds
+
+
+async def measure(server: RunningServer, num_rounds: int) -> tuple[Times, Counter[str]]:
+    times: Times = {"SIGKILL": [], "SIGSTOP": []}
+    timeout = aiohttp.ClientTimeout(total=_PATIENCE_S)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        clients = Clients(session, server.url)
+        running = asyncio.create_task(clients.run())
+        for turn in range(num_rounds):
+            number = (signal.SIGKILL, signal.SIGSTOP)[turn % 2]
+            times[number.name].append(await one_round(session, server, clients, number))
+        clients.end()
+        await running
+    return times, clients.outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--watchdog-timeout", type=float, default=2.0)
+    args = parser.parse_args()
+    flags = ("--fake", "--watchdog-timeout", str(args.watchdog_timeout))
+    with running_server(*flags, prelude=_PRELUDE) as server:
+        pid = server.process.pid
+        asyncio.run(measure(server, 0))  # what the first requests open for good is open
+        time.sleep(1.0)
+        before = files_of(pid)
+        times, outcomes = asyncio.run(measure(server, args.rounds))
+        time.sleep(1.0)
+        after, num_children = files_of(pid), len(children_of(pid))
+        status = server.terminate()
+    print(
+        f"{args.rounds} rounds, watchdog limit {args.watchdog_timeout:g} s; seconds after the fault"
+    )
+    for fault, rounds in times.items():
+        for name in rounds[0] if rounds else ():
+            values = [one[name] for one in rounds]
+            print(
+                f"  {fault} until {name:<6} median {statistics.median(values):6.3f}"
+                f"   max {max(values):6.3f}   ({len(values)} rounds)"
+            )
+    print("what became of requests")
+    for outcome, count in outcomes.most_common():
+        print(f"  {count:6}  {outcome}")
+    print(f"open files before {dict(before)}\n           after  {dict(after)}")
+    print(f"processes of the model after: {num_children} (1 is right); exit status {status}")
+    strange = [outcome for outcome in outcomes if outcome not in PROPER]
+    return int(bool(strange) or before != after or num_children != 1 or status != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

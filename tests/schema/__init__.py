@@ -1,0 +1,1 @@
+"""Requests made from the server's own OpenAPI document by schemathesis."""

@@ -1,0 +1,189 @@
+"""Connections that say nothing, too little or too slowly, on a server with short times."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import pytest
+import uvicorn
+
+from serving.api.body_limit import BodyLimit
+from serving.http_connection import MAX_HEAD_BYTES, Connection
+from tests.serving.raw import Answer, receive
+
+
+async def answer_ok(scope, receive, send):
+    """An application that reads nothing."""
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]}
+    )
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+class Quick(Connection):
+    head_timeout_s = 0.2
+
+
+@contextlib.asynccontextmanager
+async def serving(protocol=Quick, app=answer_ok):
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES, timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    try:
+        yield listener.getsockname(), server
+    finally:
+        server.should_exit = True
+        await task
+
+
+def exchange(address, *pieces) -> Answer | None:
+    """Send pieces and return the answer, None if the connection was closed without one."""
+    with socket.create_connection(address, timeout=5) as raw:
+        for piece in pieces:
+            raw.sendall(piece)
+        try:
+            return receive(raw)
+        except (ConnectionError, OSError):
+            return None
+
+
+def run(scenario, **settings):
+    async def served():
+        async with serving(**settings) as (address, server):
+            await scenario(address, server)
+
+    asyncio.run(served())
+
+
+HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def test_a_head_that_does_not_end_is_408():
+    async def scenario(address, server):
+        answer = await asyncio.to_thread(exchange, address, HEAD)
+        assert (answer.status, answer.error["code"]) == (408, "request_timeout")
+
+    run(scenario)
+
+
+def test_who_connects_and_says_nothing_is_let_go():
+    async def scenario(address, server):
+        assert await asyncio.to_thread(exchange, address) is None
+        assert not server.server_state.connections
+
+    run(scenario)
+
+
+def test_a_head_that_drips_is_cut_off_all_the_same():
+    """Each byte came in time; the whole did not."""
+
+    def drip(address):
+        with socket.create_connection(address, timeout=5) as raw:
+            with contextlib.suppress(ConnectionError):
+                for byte in HEAD * 100:
+                    raw.sendall(bytes([byte]))
+                    if raw in select_readable(raw):
+                        break
+            return receive(raw).status
+
+    async def scenario(address, server):
+        assert await asyncio.to_thread(drip, address) == 408
+
+    run(scenario)
+
+
+def select_readable(raw):
+    import select
+
+    return select.select([raw], [], [], 0.02)[0]
+
+
+def test_the_second_head_is_timed_too():
+    def twice(address):
+        with socket.create_connection(address, timeout=5) as raw:
+            raw.sendall(HEAD + b"\r\n")
+            first = receive(raw).status
+            raw.sendall(HEAD)
+            return first, receive(raw).status
+
+    async def scenario(address, server):
+        assert await asyncio.to_thread(twice, address) == (200, 408)
+
+    run(scenario)
+
+
+def test_an_idle_connection_may_wait_longer_than_a_head():
+    def with_a_pause(address):
+        import time
+
+        with socket.create_connection(address, timeout=5) as raw:
+            raw.sendall(HEAD + b"\r\n")
+            first = receive(raw).status
+            time.sleep(2 * Quick.head_timeout_s)
+            raw.sendall(HEAD + b"\r\n")
+            return first, receive(raw).status
+
+    async def scenario(address, server):
+        assert await asyncio.to_thread(with_a_pause, address) == (200, 200)
+
+    run(scenario)
+
+
+def test_too_many_connections_are_told_to_come_back():
+    class Narrow(Connection):
+        max_connections = 2
+
+    async def scenario(address, server):
+        held = [await asyncio.to_thread(socket.create_connection, address) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        answer = await asyncio.to_thread(exchange, address)
+        assert (answer.status, answer.error["code"]) == (503, "too_many_connections")
+        assert answer.headers["retry-after"]
+        for raw in held:
+            raw.close()
+        await asyncio.sleep(0.05)
+        assert (await asyncio.to_thread(exchange, address, HEAD + b"\r\n")).status == 200
+
+    run(scenario, protocol=Narrow)
+
+
+def test_rubbish_after_an_answer_closes_without_noise(caplog):
+    chunked = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    def rubbish(address):
+        with socket.create_connection(address, timeout=5) as raw:
+            raw.sendall(chunked)
+            status = receive(raw).status
+            raw.sendall(b"rubbish\r\n")
+            with contextlib.suppress(ConnectionError):
+                return status, raw.recv(1)
+        return status, b""
+
+    async def scenario(address, server):
+        assert await asyncio.to_thread(rubbish, address) == (200, b"")
+
+    run(scenario)
+    assert "Fatal error" not in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("declares", [b"Content-Length: 9", b"Transfer-Encoding: chunked"])
+def test_a_body_that_does_not_come_is_408(monkeypatch, declares):
+    monkeypatch.setattr("serving.api.refusal._LINGER_S", 0.05)
+    app = BodyLimit(answer_ok, max_bytes=10, timeout_s=0.1)
+
+    async def scenario(address, server):
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\n" + declares + b"\r\n\r\n"
+        answer = await asyncio.to_thread(exchange, address, head)
+        assert (answer.status, answer.error["code"]) == (408, "request_timeout")
+
+    run(scenario, app=app)
