@@ -15,11 +15,14 @@ from engine.build import CannotStart, StartupTimes, build_engine
 from engine.models.errors import ModelFormatError
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import InstanceId
+from serving.admission import Admission
 from serving.api.app import create_app
 from serving.api.service import Service
+from serving.api.watch import Watch
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.inproc import InProcessHandle
 from serving.config import ServeConfig
+from serving.connections import HangUp, bound_unsent
 from serving.errors import UserError
 from serving.metrics import Metrics
 from serving.text.chat import ChatTemplate
@@ -80,6 +83,8 @@ async def serve(
         template=ChatTemplate(codec.template, codec.special_tokens) if codec.template else None,
         driver=driver,
         metrics=metrics,
+        admission=Admission(config.admission),
+        watch=Watch(min(1.0, config.sse_keep_alive_s / 3, config.slow_client_timeout_s / 3)),
         started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
     )
     try:
@@ -91,6 +96,7 @@ async def serve(
 async def _serve_http(
     service: Service, listener: socket.socket, on_ready: Callable[[Service], None]
 ) -> bool:
+    bound_unsent(listener, service.config.slow_client_timeout_s)
     loop = asyncio.get_running_loop()
     drained: asyncio.Task[bool] | None = None
 
@@ -109,7 +115,7 @@ async def _serve_http(
 
     server = _HttpServer(
         uvicorn.Config(
-            create_app(service),
+            HangUp(create_app(service)),
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -12,11 +12,11 @@ from starlette.responses import Response
 
 from scheduler.types import FinishReason
 from serving.api import sse
+from serving.api.gate import pass_of
 from serving.api.logprobs import prompt_logprobs
 from serving.api.responses import json_response
 from serving.api.sampling import Body
 from serving.api.service import Service
-from serving.cluster.driver import ClusterDriver
 from serving.cluster.streams import Delta, RequestStream, StreamGroup
 
 T = TypeVar("T")
@@ -45,12 +45,11 @@ async def respond(
     form: ChoiceForm,
 ) -> Response:
     """Answer as the body asks, in events or whole. Raises RequestError, ClientGone."""
+    answer = service.open_answer(group, pass_of(request))
     if body.stream:
-        return sse.event_stream(
-            _chunks(service, body, group, head, form),
-            on_close=partial(service.driver.cancel, group),
-        )
-    deltas = await _collect(request, service.driver, group)
+        return sse.event_stream(_chunks(service, body, group, head, form), answer)
+    with answer:
+        deltas = await _collect(request, group)
 
     def choices() -> list[dict[str, Any]]:
         return [
@@ -79,8 +78,8 @@ def usage(body: Body, group: StreamGroup) -> dict[str, Any]:
     }
 
 
-async def _collect(request: Request, driver: ClusterDriver, group: StreamGroup) -> list[Delta]:
-    """Wait for all choices. Raises ClientGone, after aborting, when the client leaves first."""
+async def _collect(request: Request, group: StreamGroup) -> list[Delta]:
+    """Wait for all choices. Raises ClientGone when the client leaves first."""
     answer = asyncio.ensure_future(group.whole())
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -89,7 +88,6 @@ async def _collect(request: Request, driver: ClusterDriver, group: StreamGroup) 
             raise ClientGone
         return answer.result()
     finally:
-        driver.cancel(group)
         for task in (answer, gone):
             task.cancel()
 
@@ -101,10 +99,14 @@ async def _disconnected(request: Request) -> None:
 
 async def _chunks(
     service: Service, body: Body, group: StreamGroup, head: dict[str, Any], form: ChoiceForm
-) -> AsyncIterator[dict[str, Any]]:
-    """Yield chunk bodies as tokens arrive."""
+) -> AsyncIterator[dict[str, Any] | None]:
+    """Yield chunk bodies as tokens arrive, None for a sign of life."""
     seen: set[int] = set()
-    async for index, delta in group.deltas():
+    async for news in group.deltas():
+        if news is None:
+            yield None
+            continue
+        index, delta = news
         stream, first = group.streams[index], index not in seen
         seen.add(index)
         chunk = partial(form.chunk, first=first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +14,7 @@ from starlette.responses import Response
 from serving.api import chat, completions, debug, models
 from serving.api.answers import ClientGone
 from serving.api.body_limit import BodyLimit
+from serving.api.gate import Gate
 from serving.api.request_id import RequestIds
 from serving.api.responses import json_response
 from serving.api.service import Service
@@ -33,6 +35,12 @@ def create_app(service: Service) -> FastAPI:
         middleware=[
             Middleware(RequestIds),
             Middleware(BodyLimit, max_bytes=service.config.max_body_bytes),
+            Middleware(
+                Gate,
+                admission=service.admission,
+                driver=service.driver,
+                on_refused=partial(service.metrics.ended, "rejected", 0, 0.0),
+            ),
         ],
     )
     for module in (completions, chat, models, debug):

@@ -32,6 +32,7 @@ class BodyLimit:
                 headers = error.headers() | {"connection": "close"}
                 await json_response(error.body(), error.status, headers)(scope, receive, send)
                 return
+        scope.setdefault("state", {})["num_body_bytes"] = len(body)
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:

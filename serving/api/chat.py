@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from scheduler.types import SamplingParams
 from serving.api import answers
+from serving.api.gate import pass_of
 from serving.api.logprobs import chat_logprobs
 from serving.api.request_id import request_id_of
 from serving.api.sampling import sampling_params
@@ -35,6 +36,7 @@ def router(service: Service) -> APIRouter:
             [token_ids],
             params,
             request_id=request_id,
+            entry=pass_of(request),
             param="messages",
             default_max_tokens=None,
         )

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from scheduler.types import SamplingParams
 from serving.api import answers
+from serving.api.gate import pass_of
 from serving.api.logprobs import completion_logprobs, score_prompt
 from serving.api.request_id import request_id_of
 from serving.api.sampling import check_ids, sampling_params
@@ -39,6 +40,7 @@ def router(service: Service) -> APIRouter:
             [prompt.token_ids for prompt in prompts],
             params,
             request_id=request_id,
+            entry=pass_of(request),
             param="prompt",
             default_max_tokens=DEFAULT_MAX_TOKENS,
         )

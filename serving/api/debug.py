@@ -16,12 +16,13 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/debug/state")
-    async def state() -> Response:
+    async def show_state() -> Response:
         """Return plain data of no fixed form; no token and no text of a request is in it."""
         if not service.config.debug_endpoints:
             raise NotFound(
                 "/debug/state is off; start the server with --debug-endpoints", code="not_found"
             )
-        return json_response(await service.driver.inspect(_TIMEOUT_S))
+        state = await service.driver.inspect(_TIMEOUT_S)
+        return json_response(state | {"admission": service.admission.state()})
 
     return routes

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from engine.messages import Ready
 from scheduler.types import MAX_SEED, RequestId, RequestSpec, SamplingParams
+from serving.admission import Admission
+from serving.api.gate import Pass
+from serving.api.open_answer import OpenAnswer
 from serving.api.sampling import Body
 from serving.api.schemas import ChatRequest, unsupported_field
+from serving.api.watch import Watch
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.streams import StreamGroup
 from serving.config import ServeConfig
@@ -30,6 +34,8 @@ class Service:
     driver: ClusterDriver
     metrics: Metrics
     started_at: int  # Unix seconds, for `created` of the model card
+    admission: Admission = field(default_factory=Admission)
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def model_name(self) -> str:
@@ -75,6 +81,7 @@ class Service:
         params: SamplingParams,
         *,
         request_id: str,
+        entry: Pass,
         param: str,
         default_max_tokens: int | None,
     ) -> StreamGroup:
@@ -101,7 +108,19 @@ class Service:
                         priority=body.priority or 0,
                     )
                 )
-        return self.driver.submit(specs, body.stops())
+        entry.correct({spec.request_id: len(spec.prompt_token_ids) for spec in specs})
+        return self.driver.submit(specs, body.stops(), entry)
+
+    def open_answer(self, group: StreamGroup, entry: Pass) -> OpenAnswer:
+        """Return what looks after the answer to these streams until it is complete."""
+        return OpenAnswer(
+            self.driver,
+            group,
+            entry,
+            watch=self.watch,
+            keep_alive_s=self.config.sse_keep_alive_s,
+            slow_client_timeout_s=self.config.slow_client_timeout_s,
+        )
 
     def _room(self, token_ids: Sequence[int], param: str) -> int:
         """Return how many tokens may follow the prompt. Raises InvalidRequest."""

@@ -41,7 +41,7 @@ from scheduler.types import (
 )
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.inspection import Inspections
-from serving.cluster.streams import RequestStream, StreamGroup, StreamTable
+from serving.cluster.streams import Observer, RequestStream, StreamGroup, StreamTable
 from serving.errors import (
     GenerationFailed,
     InstanceLost,
@@ -99,11 +99,16 @@ class ClusterDriver:
         self._handle(InstanceUp(instance_id, self._max_requests))
         return ready
 
-    def submit(self, specs: Sequence[RequestSpec], stops: Sequence[str]) -> StreamGroup:
+    def submit(
+        self,
+        specs: Sequence[RequestSpec],
+        stops: Sequence[str],
+        observer: Observer | None = None,
+    ) -> StreamGroup:
         """Run the requests; all of them, or none. Raises RequestError when one is refused."""
         group = StreamGroup()
         for spec in specs:
-            stream = RequestStream(spec, self._codec, stops, group.wake)
+            stream = RequestStream(spec, self._codec, stops, group.wake, observer)
             self._streams.add(stream)
             self._idle.clear()
             self._arrived_at_s[spec.request_id] = self._clock()
@@ -119,6 +124,13 @@ class ClusterDriver:
         for stream in group.streams:
             if not stream.ended:
                 self._end(stream, FinishReason.ABORT)
+                self._handle(Cancelled(stream.spec.request_id))
+
+    def fail(self, group: StreamGroup, error: RequestError, outcome: str) -> None:
+        """End what still runs of the group, and tell its client why."""
+        for stream in group.streams:
+            if not stream.ended:
+                self._fail(stream.spec.request_id, error, outcome)
                 self._handle(Cancelled(stream.spec.request_id))
 
     async def drain(self, timeout_s: float) -> bool:
@@ -227,6 +239,8 @@ class ClusterDriver:
         stream = self._streams.get(event.request_id)
         if stream is not None:
             stream.num_cached_tokens = event.num_cached_tokens
+            if stream.observer is not None:
+                stream.observer.started(event.request_id)
             self._metrics.prefix(len(stream.spec.prompt_token_ids), event.num_cached_tokens)
 
     def _on_token(self, event: TokenEvent, now: float) -> None:
@@ -266,6 +280,8 @@ class ClusterDriver:
     def _forget(self, stream: RequestStream, outcome: str) -> None:
         request_id = stream.spec.request_id
         self._streams.remove(request_id)
+        if stream.observer is not None:
+            stream.observer.ended(request_id)
         e2e_s = self._clock() - self._arrived_at_s.pop(request_id)
         self._metrics.ended(outcome, len(stream.spec.prompt_token_ids), e2e_s)
         if not len(self._streams):
