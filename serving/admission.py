@@ -28,8 +28,8 @@ _MIN_RETRY_S, _MAX_RETRY_S = 0.1, 60.0
 _UNKNOWN_RETRY_S = 1.0
 _JITTER = 0.25  # of the wait, to either side: those refused together do not come back together
 _WINDOW_S = 10
-# So many starts make a rate that a newcomer may be refused by.
-_MIN_STARTS = 8
+# What makes a rate: so many starts, or so long a queue.
+_MIN_STARTS, _MIN_BUSY_S = 8, 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,15 +103,16 @@ class DrainRate:
         bucket[2] += 1
         bucket[3] += num_tokens
 
-    def per_second(self, now: float) -> tuple[float, float, int]:
-        """Return requests and tokens per second, and how many starts they are known from."""
+    def per_second(self, now: float) -> tuple[float, float] | None:
+        """Return requests and tokens per second; None as long as little is known."""
         recent = [bucket for bucket in self._buckets if bucket[0] > now - _WINDOW_S - 1]
         busy_s, num_requests, num_tokens = (
             sum(bucket[index] for bucket in recent) for index in (1, 2, 3)
         )
-        if busy_s <= 0:
-            return 0.0, 0.0, 0
-        return num_requests / busy_s, num_tokens / busy_s, int(num_requests)
+        if busy_s <= 0 or (num_requests < _MIN_STARTS and busy_s < _MIN_BUSY_S):
+            return None
+        # Had one more started just now, it would be this: a rate is never nothing.
+        return max(1, num_requests) / busy_s, num_tokens / busy_s or math.inf
 
     def _bucket(self, at_s: float) -> list[float]:
         second = math.floor(at_s)
@@ -148,11 +149,12 @@ class _Tally:
 
     def retry_s(self, now: float) -> float:
         """Return when what is queued now will have left: its turn would have come by then."""
-        requests_s, tokens_s, _ = self.rate.per_second(now)
-        if not (requests_s and self.num_queued):
+        self.rate.advance(now, is_busy=self.num_queued > 0)
+        rates = self.rate.per_second(now)
+        if rates is None or not self.num_queued:
             return _UNKNOWN_RETRY_S
-        by_tokens = self.num_queued_tokens / tokens_s if tokens_s else 0.0
-        return max(self.num_queued / requests_s, by_tokens)
+        requests_s, tokens_s = rates
+        return max(self.num_queued / requests_s, self.num_queued_tokens / tokens_s)
 
 
 class Admission:
@@ -285,8 +287,8 @@ class Admission:
             return RefusalReason.TOKENS
         num_before = num_open - num_requests - part * limits.max_num_running
         if num_before > 0:
-            requests_s, _, num_starts = tally.rate.per_second(now)
-            if num_starts >= _MIN_STARTS and num_before > requests_s * limits.max_queue_age_s:
+            rates = tally.rate.per_second(now)
+            if rates is not None and num_before > rates[0] * limits.max_queue_age_s:
                 return RefusalReason.AGE
         return None
 
