@@ -62,7 +62,7 @@ async def hang_up(url: str, rng: random.Random, longest_s: float, seen: Counter[
 
 
 def get(url: str, path: str) -> str:
-    with urllib.request.urlopen(url + path, timeout=_TIMEOUT_S) as answer:  # noqa: S310 (ours)
+    with urllib.request.urlopen(url + path, timeout=_TIMEOUT_S) as answer:
         return str(answer.read().decode())
 
 
@@ -83,9 +83,8 @@ def leftovers(url: str) -> list[str]:
     if any(server.values()) or state["admission"]["tenants"]:
         found.append(f"admission {server}")
     for instance in state["instances"].values():
-        for queue in ("running", "waiting", "steps_in_flight"):
-            if instance[queue]:
-                found.append(f"{len(instance[queue])} {queue}")
+        queues = ("running", "waiting", "steps_in_flight")
+        found += [f"{len(instance[queue])} {queue}" for queue in queues if instance[queue]]
         if instance["prefixes_computing"]:
             found.append(f"{instance['prefixes_computing']} prefixes being computed")
         kv = instance["kv"]

@@ -1,6 +1,6 @@
 """Goodput, refusals and TTFT at 0.9, 1, 2, 5 and 10 times what a server can do.
 
-    python -m tests.bench.overload [--seconds 120] [--max-num-waiting 24] [--loads 0.9 1 2 5 10]
+    python -m tests.bench.overload [--seconds 120] [--max-num-waiting 6] [--loads 0.9 1 2 5 10]
 
 `hocket serve --fake` under the load generator's open loop: Poisson arrivals, prompts of 32 tokens
 and answers of 32. Capacity is what a closed loop of as many sessions as may run and queue gets
@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -67,14 +68,12 @@ def server_cpu_s(server: RunningServer) -> float:
     """Return CPU seconds of the server and of its children, if it has any."""
     pids = [server.process.pid]
     for pid in pids:
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as children:
-                pids += map(int, children.read().split())
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            pids += map(int, children.read_text().split())
     ticks = 0
     for pid in pids:
-        with open(f"/proc/{pid}/stat") as stat:
-            fields = stat.read().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -100,9 +99,7 @@ async def run(
     begin_s = seconds / 10 if concurrency is None else 0.0
     end_s = seconds if concurrency is None else progress.duration_s
     records = [record for record in progress.records if record.intended_at_s >= begin_s]
-    num_done = sum(
-        record.ok and begin_s <= record.end_at_s < end_s for record in progress.records
-    )
+    num_done = sum(record.ok and begin_s <= record.end_at_s < end_s for record in progress.records)
     cores = (client_s / took_s, used_s / took_s)
     return Seen(load, rate, end_s - begin_s, records, num_done, *cores)
 
@@ -128,7 +125,7 @@ def show(seen: Seen, ttft_s: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--max-num-waiting", type=int, default=24)
+    parser.add_argument("--max-num-waiting", type=int, default=6)
     parser.add_argument("--loads", type=float, nargs="+", default=[0.9, 1, 2, 5, 10])
     args = parser.parse_args()
     flags = ["--max-num-running", str(NUM_RUNNING), "--max-num-waiting", str(args.max_num_waiting)]
@@ -136,7 +133,9 @@ def main() -> int:
         concurrency = NUM_RUNNING + args.max_num_waiting // 2
         closed = asyncio.run(run(server, 0, 30.0, min(args.seconds, 30.0), concurrency))
         capacity = closed.num_done / closed.seconds
-        print(f"capacity {capacity:.1f} requests/s of {NUM_TOKENS} + {NUM_TOKENS} tokens", flush=True)
+        print(
+            f"capacity {capacity:.1f} requests/s of {NUM_TOKENS} + {NUM_TOKENS} tokens", flush=True
+        )
         runs = []
         for load in args.loads:
             runs.append(asyncio.run(run(server, load, load * capacity, args.seconds)))
