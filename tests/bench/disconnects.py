@@ -25,7 +25,10 @@ from urllib.parse import urlsplit
 
 from tests.serving.servers import running_server
 
-FLAGS = ("--max-num-running", "8", "--debug-endpoints", "--max-num-batched-tokens", "64")
+FLAGS = (
+    *("--max-num-running", "8", "--max-num-batched-tokens", "64", "--debug-endpoints"),
+    *("--max-queue-age", "0", "--max-num-waiting-tokens", "10000000"),  # so that they queue
+)
 _TIMEOUT_S = 30
 
 

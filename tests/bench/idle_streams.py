@@ -2,9 +2,9 @@
 
     python -m tests.bench.idle_streams [--num 1000] [--seconds 20]
 
-Streams wait for their turn behind one that runs and runs, and get a keep-alive comment every five
-seconds; their clients read nothing. TTFT is that of a request whose priority is above all others,
-so that the one that runs gives way to it. The server is `--fake`.
+Streams wait for their turn behind two that run and run, and get a keep-alive comment every five
+seconds; their clients read nothing. TTFT is that of a request that is before them in the queue,
+from the moment when a place is made for it. The server is `--fake`.
 """
 
 from __future__ import annotations
@@ -44,17 +44,26 @@ async def ask(
     return reader, writer
 
 
-async def ttft_ms(server: RunningServer) -> float:
-    """Return the median of requests one after the other, from sending to the first event."""
+async def ttft_ms(
+    server: RunningServer, holder: asyncio.StreamWriter
+) -> tuple[float, asyncio.StreamWriter]:
+    """Return the median of requests for each of which the holder of a place leaves.
+
+    It counts from then to the first event. The last holder is returned as well.
+    """
     found = []
     for _ in range(NUM_PROBES):
-        start_s = time.monotonic()
         reader, writer = await ask(server, max_tokens=1, priority=-1)
+        next_holder = await ask(server, max_tokens=8000, priority=-1)
+        await asyncio.sleep(0.1)
+        start_s = time.monotonic()
+        holder.close()
         await reader.readuntil(b"data: ")
         found.append(time.monotonic() - start_s)
         await reader.readuntil(b"[DONE]")
         writer.close()
-    return statistics.median(found) * 1000
+        holder = next_holder[1]
+    return statistics.median(found) * 1000, holder
 
 
 async def cpu(server: RunningServer, seconds: float) -> float:
@@ -64,14 +73,15 @@ async def cpu(server: RunningServer, seconds: float) -> float:
 
 
 async def measure(server: RunningServer, num: int, seconds: float) -> None:
-    long = await ask(server, max_tokens=8000)
-    await long[0].readuntil(b"data: ")
+    forever = await ask(server, max_tokens=8000, priority=-1)
+    _, holder = await ask(server, max_tokens=8000, priority=-1)
+    before_ms, holder = await ttft_ms(server, holder)
     before_kib, before_cpu = memory_kib(server), await cpu(server, seconds)
-    before_ms = await ttft_ms(server)
     idle = [await ask(server, max_tokens=8000, priority=1) for _ in range(num)]
     await asyncio.sleep(2)
-    after_kib = memory_kib(server)
-    after_cpu, after_ms = await cpu(server, seconds), await ttft_ms(server)
+    after_kib, after_cpu = memory_kib(server), await cpu(server, seconds)
+    after_ms, holder = await ttft_ms(server, holder)
+    assert not forever[0].at_eof(), "it ran all the time"
     print(
         f"{len(idle)} idle streams: {(after_kib - before_kib) / num:.1f} KiB each; server CPU "
         f"{before_cpu:.3f} cores before, {after_cpu:.3f} with them; TTFT of a new request "
@@ -85,7 +95,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20.0)
     args = parser.parse_args()
     flags = [
-        *("--max-num-running", "1", "--max-num-waiting", str(args.num + 10)),
+        *("--max-num-running", "2", "--max-num-waiting", str(args.num + 10)),
         *("--scheduling-policy", "priority", "--max-queue-age", "0", "--sse-keep-alive", "5"),
     ]
     with running_server("--fake", *flags) as server:

@@ -85,7 +85,7 @@ def test_a_client_that_reads_slowly_loses_its_stream_and_others_do_not():
                 b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
             )
             wait_until(lambda: metric(server, "hocket_requests_running") == 8)
-            other = post(server, LONG | {"stream": True, "max_tokens": 400})
+            other = post(server, LONG | {"stream": True, "max_tokens": 200})
             response = other.getresponse()
             deadline_s = time.monotonic() + 20
             while metric(server, "hocket_requests_running") > 1:
