@@ -117,6 +117,16 @@ class ServeConfig:
     debug_endpoints: bool = False
 
     @property
+    def watch_interval_s(self) -> float:
+        """Seconds between looks at what is open: a third of the shortest patience, at most 1."""
+        limits = (
+            self.sse_keep_alive_s,
+            self.slow_client_timeout_s,
+            self.admission.max_queue_age_s,
+        )
+        return max(0.02, min(1.0, *(seconds / 3 for seconds in limits)))
+
+    @property
     def max_requests(self) -> int:
         """Requests that one instance takes at a time, running and waiting."""
         return self.engine.max_num_running + self.engine.max_num_waiting

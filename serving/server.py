@@ -84,7 +84,7 @@ async def serve(
         driver=driver,
         metrics=metrics,
         admission=Admission(config.admission),
-        watch=Watch(min(1.0, config.sse_keep_alive_s / 3, config.slow_client_timeout_s / 3)),
+        watch=Watch(config.watch_interval_s),
         started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
     )
     try:
