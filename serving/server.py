@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from serving.api.watch import Watch
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.inproc import InProcessHandle
 from serving.config import ServeConfig
-from serving.connections import HangUp, bound_unsent
+from serving.connections import HangUp, set_options
 from serving.errors import UserError
 from serving.metrics import Metrics
 from serving.text.chat import ChatTemplate
@@ -96,7 +97,9 @@ async def serve(
 async def _serve_http(
     service: Service, listener: socket.socket, on_ready: Callable[[Service], None]
 ) -> bool:
-    bound_unsent(listener, service.config.slow_client_timeout_s)
+    gc.collect()
+    gc.freeze()  # what exists now stays: walking it again and again would stop all streams
+    set_options(listener, service.config.slow_client_timeout_s)
     loop = asyncio.get_running_loop()
     drained: asyncio.Task[bool] | None = None
 

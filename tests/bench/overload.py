@@ -1,9 +1,9 @@
 """Goodput, refusals and TTFT at 0.9, 1, 2, 5 and 10 times what a server can do.
 
-    python -m tests.bench.overload [--seconds 120] [--max-num-waiting 6] [--loads 0.9 1 2 5 10]
+    python -m tests.bench.overload [--seconds 120] [--max-num-waiting 4] [--loads 0.9 1 2 5 10]
 
 `hocket serve --fake` under the load generator's open loop: Poisson arrivals, prompts of 32 tokens
-and answers of 32. Capacity is what a closed loop of as many sessions as may run and queue gets
+and answers of 8 to 56. Capacity is what a closed loop of as many sessions as may run and queue gets
 done per second. Requests that are meant to be sent in the first tenth are left out, and throughput
 counts what ended after it.
 
@@ -32,7 +32,9 @@ from loadgen.workload.build import WorkloadSpec, build
 from tests.serving.servers import RunningServer, running_server
 
 NUM_RUNNING = 32
-NUM_TOKENS = 32  # of prompts and of answers
+NUM_TOKENS = 32  # of prompts, and the mean of answers
+# Were all of one length, they would end all at once, and who comes next would wait for all.
+ANSWERS = "uniform:8-56"
 REFUSED = ("http_429", "http_503")
 
 
@@ -85,7 +87,7 @@ async def run(
         duration_s=None if concurrency else seconds,
         num_sessions=max(concurrency, round(rate * seconds)) if concurrency else None,
         prompt_tokens=str(NUM_TOKENS),
-        output_tokens=str(NUM_TOKENS),
+        output_tokens=ANSWERS,
         tokenizer="bytes",
         seed=round(load * 10),
     )
@@ -125,7 +127,7 @@ def show(seen: Seen, ttft_s: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--max-num-waiting", type=int, default=6)
+    parser.add_argument("--max-num-waiting", type=int, default=4)
     parser.add_argument("--loads", type=float, nargs="+", default=[0.9, 1, 2, 5, 10])
     args = parser.parse_args()
     flags = ["--max-num-running", str(NUM_RUNNING), "--max-num-waiting", str(args.max_num_waiting)]
