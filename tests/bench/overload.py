@@ -2,8 +2,8 @@
 
     python -m tests.bench.overload [--seconds 120] [--max-num-waiting 4] [--loads 0.9 1 2 5 10]
 
-`hocket serve --fake` under the load generator's open loop: Poisson arrivals, prompts of 32 tokens
-and answers of 8 to 56. Capacity is what a closed loop of as many sessions as may run and queue gets
+`hocket serve --fake` under the load generator's open loop: Poisson arrivals, prompts of 16 tokens
+and answers of 2 to 14. Capacity is what a closed loop of as many sessions as may run and queue gets
 done per second. Requests that are meant to be sent in the first tenth are left out, and throughput
 counts what ended after it.
 
@@ -32,9 +32,9 @@ from loadgen.workload.build import WorkloadSpec, build
 from tests.serving.servers import RunningServer, running_server
 
 NUM_RUNNING = 32
-NUM_TOKENS = 32  # of prompts, and the mean of answers
+NUM_TOKENS, NUM_ANSWER_TOKENS = 16, 8  # of prompts, and the mean of answers
 # Were all of one length, they would end all at once, and who comes next would wait for all.
-ANSWERS = "uniform:8-56"
+ANSWERS = "uniform:2-14"
 REFUSED = ("http_429", "http_503")
 
 
@@ -136,7 +136,8 @@ def main() -> int:
         closed = asyncio.run(run(server, 0, 30.0, min(args.seconds, 30.0), concurrency))
         capacity = closed.num_done / closed.seconds
         print(
-            f"capacity {capacity:.1f} requests/s of {NUM_TOKENS} + {NUM_TOKENS} tokens", flush=True
+            f"capacity {capacity:.1f} requests/s of {NUM_TOKENS} + {NUM_ANSWER_TOKENS} tokens",
+            flush=True,
         )
         runs = []
         for load in args.loads:

@@ -9,6 +9,7 @@ import socket
 import time
 from urllib.parse import urlsplit
 
+from serving.connections import set_options
 from tests.bench.disconnects import FLAGS, settle, storm
 from tests.serving.servers import running_server
 from tests.serving.test_http import LONG, call, connect, metric, wait_until
@@ -33,6 +34,17 @@ def busy(server):
         yield
     finally:
         connection.close()
+
+
+def test_connections_inherit_what_bounds_them():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        set_options(listener, 30.0)
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            values = [
+                accepted.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)
+            ]
+    assert values == [1, 30_000], "asyncio does not see that these are TCP, and sets nothing"
 
 
 def test_a_full_server_refuses_before_it_reads_what_is_asked():
