@@ -41,7 +41,9 @@ def create_app(service: Service, rules: PortRules) -> FastAPI:
         driver=service.driver,
         on_refused=service.metrics.rejected,
     )
-    return bare_app("Hocket", routers, service, rules, inner=[gate])
+    app = bare_app("Hocket", routers, service, rules, inner=[gate])
+    app.router.routes.extend(docs_page.router(app).routes)
+    return app
 
 
 def bare_app(
@@ -72,7 +74,7 @@ def bare_app(
             *inner,
         ],
     )
-    for router in (*routers, docs_page.router(app)):
+    for router in routers:
         # Not included but taken over: what serves a request is then to be found in `app.routes`.
         app.router.routes.extend(router.routes)
     app.add_exception_handler(RequestError, _request_error)

@@ -193,7 +193,7 @@ class Server:
         return await self._call("GET", path, b"")
 
     async def admin(self, method, path):
-        return await self._call(method, path, b"", self._admin_app)
+        return await self._call(method, path, b"", app=self._admin_app)
 
     async def complete(self, **body):
         return await self._post("/v1/completions", {"prompt": "Once"} | body)

@@ -63,7 +63,7 @@ def test_messages_are_tokenized_as_a_chat_would_see_them():
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user"}]}, "prompt"),
         ("/tokenize", {"prompt": 3}, "prompt"),
-        ("/tokenize", {"prompt": "\ud800"}, None),
+        ("/tokenize", {"prompt": "\ud800"}, "prompt"),
         ("/tokenize", {"prompt": "a", "chat_template": "x"}, "chat_template"),
         ("/tokenize", {"prompt": "a", "model": "other"}, "model"),
         ("/detokenize", {"tokens": [-1]}, "tokens.0"),
