@@ -484,8 +484,10 @@ def routes():
 
 
 TEMPLATES = "|".join(sorted({re.escape(route.path) for route in routes()} | {"none"}))
-KNOWN_ROUTE = re.compile(
+# Bounded in number: by the routes, and by how many unknown fields are told apart.
+BOUNDED = re.compile(
     rf'hocket_http_requests_total{{model="fake",route="({TEMPLATES})",status="'
+    "|hocket_unknown_fields_total{"
 )
 PATHS = sorted({route.path.replace("{model:path}", "fake") for route in routes()})
 UNKNOWN = [
