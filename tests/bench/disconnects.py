@@ -82,9 +82,9 @@ def leftovers(server: RunningServer) -> list[str]:
         found.append(f"{len(state['streams'])} streams")
     if state["cluster"]["assigned"]:
         found.append(f"{len(state['cluster']['assigned'])} assigned requests")
-    server = state["admission"]["server"]
-    if any(server.values()) or state["admission"]["tenants"]:
-        found.append(f"admission {server}")
+    entered = state["admission"]["server"]
+    if any(entered.values()) or state["admission"]["tenants"]:
+        found.append(f"admission {entered}")
     for instance in state["instances"].values():
         queues = ("running", "waiting", "steps_in_flight")
         found += [f"{len(instance[queue])} {queue}" for queue in queues if instance[queue]]
