@@ -54,6 +54,7 @@ async def ttft_ms(
     found = []
     for _ in range(NUM_PROBES):
         reader, writer = await ask(server, max_tokens=1, priority=-1)
+        await asyncio.sleep(0.05)  # they are tokenised on threads, and must not change places
         next_holder = await ask(server, max_tokens=8000, priority=-1)
         await asyncio.sleep(0.1)
         start_s = time.monotonic()
