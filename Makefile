@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: serve test check fmt bench exact invariant fuzz replay faults mutants clients system schemathesis clean
+.PHONY: serve test check fmt bench exact invariant fuzz replay overload faults mutants clients system schemathesis clean
 
 serve: $(VENV)/serve.stamp ## serve SmolLM2-135M-Instruct on http://127.0.0.1:8000 (ARGS="..." adds flags)
 	@$(BIN)/hocket serve $(ARGS)
@@ -41,6 +41,11 @@ fuzz: $(VENV)/dev.stamp ## check the law on many random schedules (ARGS="--num 1
 
 replay: $(VENV)/dev.stamp ## ten minutes of mixed load with a decision log, and the log replayed
 	$(BIN)/python -m tests.bench.replay $(ARGS)
+
+overload: $(VENV)/dev.stamp ## goodput at 10 times the capacity, clients that hang up, idle streams (12 minutes)
+	$(BIN)/python -m tests.bench.overload $(ARGS)
+	$(BIN)/python -m tests.bench.disconnects
+	$(BIN)/python -m tests.bench.idle_streams
 
 faults: $(VENV)/dev.stamp ## kill and freeze the process of the model under load, 50 times (3 minutes)
 	$(BIN)/python -m tests.bench.instance_faults $(ARGS)

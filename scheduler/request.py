@@ -55,6 +55,7 @@ class Request:
         "finish_reason",
         "ignore_through_step",
         "in_batch",
+        "is_announced",
         "last_step_id",
         "max_num_tokens",
         "num_cached_tokens",
@@ -99,6 +100,7 @@ class Request:
         self.last_step_id = -1  # the last planned step that computes some of it
         self.ignore_through_step = -1  # what steps up to this one report is of a past life
         self.in_batch = False
+        self.is_announced = False  # its first step is complete, and was reported
         self.queue_s: float | None = None  # from arrival to the first step; None until then
         self.finish_reason: FinishReason | None = None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from engine.config import EngineConfig
+from serving.admission import AdmissionLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,14 @@ class ServeFlags:
         Requests that compute at a time.
     max_num_waiting
         Requests that may queue; beyond it the server answers 503.
+    max_num_waiting_tokens
+        Prompt tokens that may queue, together; beyond it the server answers 503.
+    max_num_streams
+        HTTP requests open at a time; by default twice what may run and queue.
+    max_queue_age
+        Seconds after which a request that has not begun ends with 503; 0 lets it wait for ever.
+    tenant_share
+        How much of the queue and of the streams one tenant may take; beyond it the answer is 429.
     max_num_batched_tokens
         Tokens of one step: small steps make steady streams, large ones quick prompts.
     scheduling_policy
@@ -49,6 +58,10 @@ class ServeFlags:
         Threads to compute with; by default one for each core this process may use.
     drain_timeout
         Seconds that running requests get to end after SIGTERM or Ctrl-C.
+    sse_keep_alive
+        Seconds of silence after which a stream gets a comment, so that proxies keep it open.
+    slow_client_timeout
+        Seconds after which a client that reads nothing of its stream loses it.
     watchdog_timeout
         Seconds that an instance with requests may take for a step; then it is ended and started
         again, and its requests fail.
@@ -82,6 +95,10 @@ class ServeFlags:
     max_model_len: int | None = None
     max_num_running: int = 64
     max_num_waiting: int = 512
+    max_num_waiting_tokens: int = 262_144
+    max_num_streams: int | None = None
+    max_queue_age: float = 60.0
+    tenant_share: float = 1.0
     max_num_batched_tokens: int = 512
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     prefix_caching: bool = True
@@ -90,6 +107,8 @@ class ServeFlags:
     kv_memory: str | None = None
     threads: int | None = None
     drain_timeout: float = 30.0
+    sse_keep_alive: float = 15.0
+    slow_client_timeout: float = 30.0
     watchdog_timeout: float = 30.0
     fake: bool = False
     decision_log: Path | None = None
@@ -111,12 +130,25 @@ class ServeConfig:
     port: int = 8000
     drain_timeout_s: float = 30.0
     watchdog_timeout_s: float = 30.0
+    sse_keep_alive_s: float = 15.0
+    slow_client_timeout_s: float = 30.0
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     max_body_bytes: int = 1 << 20
     max_num_choices: int = 8  # n
     max_num_prompts: int = 64  # prompts in one completion request
     body_timeout_s: float = 60.0  # 1 MiB in that time is 17 KiB/s
     admin_port: int | None = None
     num_keys: int = 0  # a fact for the ready block; the keys themselves are in no setting
+
+    @property
+    def watch_interval_s(self) -> float:
+        """Seconds between looks at what is open: a third of the shortest patience, at most 1."""
+        limits = (
+            self.sse_keep_alive_s,
+            self.slow_client_timeout_s,
+            self.admission.max_queue_age_s,
+        )
+        return max(0.02, min(1.0, *(seconds / 3 for seconds in limits)))
 
     @property
     def max_requests(self) -> int:

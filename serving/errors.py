@@ -12,7 +12,9 @@ Exception
     |-- BodyTooLarge     413
     |-- UnsupportedMedia 415  not JSON, or compressed
     |-- HeadersTooLarge  431
-    |-- Unavailable      503  loading, draining or full: the same request may work later
+    |-- RetryLater            the same request may work later, and the answer says when
+    |   |-- TooManyRequests 429  this tenant has its share already
+    |   `-- Unavailable    503  loading, draining or full
     |-- GenerationFailed 500  the model failed on this request, and on no other
     |-- InstanceLost     500  the instance that ran the request failed
     `-- DeadlineExceeded 504  the client's own `timeout` has passed
@@ -20,6 +22,7 @@ Exception
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 _MAX_MESSAGE_CHARS = 1000
@@ -147,14 +150,38 @@ class BodyTooLarge(RequestError):
     default_code = "request_too_large"
 
 
-class Unavailable(RequestError):
-    status = 503
-    type = "server_error"
-    default_code = "unavailable"
+class RetryLater(RequestError):
+    """OpenAI's clients wait as told, then try again."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float = 1.0,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
 
     def headers(self) -> dict[str, str]:
-        # OpenAI's clients wait as told, then try again.
-        return {"retry-after": "1", "retry-after-ms": "1000", "x-should-retry": "true"}
+        # Retry-After has whole seconds; a 0 would be read as "at once".
+        return {
+            "retry-after": str(max(1, math.ceil(self.retry_after_s))),
+            "retry-after-ms": str(max(1, round(self.retry_after_s * 1000))),
+            "x-should-retry": "true",
+        }
+
+
+class TooManyRequests(RetryLater):
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+
+class Unavailable(RetryLater):
+    status = 503
+    default_code = "unavailable"
 
 
 class GenerationFailed(RequestError):

@@ -176,8 +176,8 @@ class Metrics:
     def ended(
         self, outcome: str, spec: RequestSpec, num_cached_tokens: int, times: RequestTimes
     ) -> None:
-        """A request ended: stop, length, abort, error or rejected. Only the first two are served,
-        and only those have a latency to speak of.
+        """A request ended: stop, length, abort, error, timeout or rejected. Only the first two are
+        served, and only those have a latency to speak of.
         """
         self._store.number("requests", outcome).add()
         if outcome not in _SERVED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 import socket
@@ -19,14 +20,17 @@ from engine.startup import Progress
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import InstanceId
 from serving.admin_server import admin_plane, watched_keys
+from serving.admission import Admission
 from serving.api.app import create_app
 from serving.api.service import Service
+from serving.api.watch import Watch
 from serving.cluster.child import Child
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.process import ProcessHandle
 from serving.cluster.supervisor import Supervisor
 from serving.config import ServeConfig
+from serving.connections import HangUp, set_options
 from serving.errors import RequestError
 from serving.http_connection import MAX_HEAD_BYTES, Connection
 from serving.metrics import Metrics
@@ -108,6 +112,8 @@ async def serve(
             template=template,
             driver=driver,
             metrics=metrics,
+            admission=Admission(config.admission),
+            watch=Watch(config.watch_interval_s),
             started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
         )
         return await _serve_http(service, api, admin, on_ready)
@@ -132,6 +138,9 @@ async def _warm(template: ChatTemplate | None, codec: TextCodec) -> None:
 async def _serve_http(
     service: Service, api: Port, admin: Port | None, on_ready: Callable[[Service], None]
 ) -> bool:
+    gc.collect()
+    gc.freeze()  # what exists now stays: walking it again and again would stop all streams
+    set_options(api.listener, service.config.slow_client_timeout_s)
     loop = asyncio.get_running_loop()
     drained: asyncio.Task[bool] | None = None
 
@@ -150,7 +159,7 @@ async def _serve_http(
 
     server = _HttpServer(
         uvicorn.Config(
-            create_app(service, api.rules),
+            HangUp(create_app(service, api.rules)),
             http=Connection,
             ws="none",
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.startup import StartupTimes
+from serving.admission import AdmissionLimits
 from serving.cluster.child import Child
 from serving.config import ServeConfig, ServeFlags, parse_bytes
 from serving.errors import UserError
@@ -70,7 +71,10 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
 
 def check_flags(flags: ServeFlags) -> None:
     """Raise UserError for values that cannot work, before anything slow happens."""
-    for name in ("max_num_running", "max_num_batched_tokens", "max_model_len", "threads"):
+    for name in (
+        *("max_num_running", "max_num_batched_tokens", "max_model_len", "threads"),
+        *("max_num_waiting_tokens", "max_num_streams"),
+    ):
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise UserError(f"{_flag(name)} {value} is too small", "it must be at least 1")
@@ -80,21 +84,33 @@ def check_flags(flags: ServeFlags) -> None:
             f"--max-num-running {flags.max_num_running}, and each computes a token in every step",
             "raise the first or lower the second",
         )
-    for name in ("max_num_waiting", "drain_timeout"):
+    for name in ("max_num_waiting", "drain_timeout", "max_queue_age"):
         value = getattr(flags, name)
         if not value >= 0:  # so that NaN is refused too
             raise UserError(f"{_flag(name)} {value} makes no sense", "it must be 0 or more")
-    if not 0 < flags.watchdog_timeout < math.inf:
-        raise UserError(
-            f"--watchdog-timeout {flags.watchdog_timeout} makes no sense",
-            "give the seconds that the longest step may take, and some more",
-        )
+    _check_patience(flags)
     if flags.served_model_name == "":
         raise UserError("--served-model-name is empty", "give a name, or leave it out")
     for name in ("port", "admin_port"):
         value = getattr(flags, name)
         if value is not None and not 0 <= value <= 65535:
             raise UserError(f"{_flag(name)} {value} is not a port", "choose 0 to 65535")
+
+
+def _check_patience(flags: ServeFlags) -> None:
+    if not 0 < flags.watchdog_timeout < math.inf:
+        raise UserError(
+            f"--watchdog-timeout {flags.watchdog_timeout} makes no sense",
+            "give the seconds that the longest step may take, and some more",
+        )
+    for name in ("sse_keep_alive", "slow_client_timeout"):
+        value = getattr(flags, name)
+        if not value > 0:
+            raise UserError(f"{_flag(name)} {value} makes no sense", "it must be more than 0")
+    if not 0 < flags.tenant_share <= 1:
+        raise UserError(
+            f"--tenant-share {flags.tenant_share} is no share", "it must be more than 0, at most 1"
+        )
 
 
 def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int) -> ServeConfig:
@@ -125,6 +141,21 @@ def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int)
         port=port,
         drain_timeout_s=flags.drain_timeout,
         watchdog_timeout_s=flags.watchdog_timeout,
+        sse_keep_alive_s=flags.sse_keep_alive,
+        slow_client_timeout_s=flags.slow_client_timeout,
+        admission=_admission_limits(flags),
+    )
+
+
+def _admission_limits(flags: ServeFlags) -> AdmissionLimits:
+    max_num_requests = flags.max_num_running + flags.max_num_waiting
+    return AdmissionLimits(
+        max_num_running=flags.max_num_running,
+        max_num_waiting=flags.max_num_waiting,
+        max_num_waiting_tokens=flags.max_num_waiting_tokens,
+        max_num_streams=flags.max_num_streams or 2 * max_num_requests,
+        max_queue_age_s=flags.max_queue_age or math.inf,
+        tenant_share=flags.tenant_share,
     )
 
 

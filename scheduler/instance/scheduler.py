@@ -121,6 +121,7 @@ class InstanceScheduler:
         self._take_tokens(result, events)
         for request, num_computed_tokens in progress:
             if self._computed_by(result.step_id, request.request_id) is request:
+                _announce(request, events)
                 self._prefixes.publish(request, num_computed_tokens)
         self._kv.step_completed(result.step_id)
         return events
@@ -204,8 +205,7 @@ class InstanceScheduler:
             if not output_token_ids or not request.num_tokens % block_size:
                 self._prefixes.publish(request, request.num_tokens)
             if not output_token_ids:
-                assert request.queue_s is not None
-                events.append(StartedEvent(request_id, request.queue_s, request.num_cached_tokens))
+                _announce(request, events)
             events.append(TokenEvent(request_id, len(output_token_ids), token_id, logprobs))
             request.append(token_id)
             params = request.spec.params
@@ -224,6 +224,15 @@ class InstanceScheduler:
     def _finish(self, request: Request, reason: FinishReason, error: str = "") -> FinishedEvent:
         self._queues.finish(request, reason)
         return FinishedEvent(request.request_id, reason, request.num_preemptions, error)
+
+
+def _announce(request: Request, events: list[RequestEvent]) -> None:
+    """Say once that the first step is complete, though it may have been a part of the prompt."""
+    if not request.is_announced:
+        request.is_announced = True
+        assert request.queue_s is not None
+        started = StartedEvent(request.request_id, request.queue_s, request.num_cached_tokens)
+        events.append(started)
 
 
 def _take_scores(request: Request, scores: PromptLogprobs, events: list[RequestEvent]) -> None:

@@ -1,7 +1,7 @@
 """The operators' plane: an application of its own, for a port of its own on loopback.
 
-POST /admin/drain lets the server run empty; GET /debug/state shows what the schedulers hold, for
-people who look for a fault.
+POST /admin/drain lets the server run empty; GET /debug/state shows what the schedulers hold
+and who was let in, for people who look for a fault.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def _router(service: Service) -> APIRouter:
     @routes.get("/debug/state")
     async def state() -> Response:
         """Return plain data of no fixed form; no token and no text of a request is in it."""
-        return json_response(await service.driver.inspect(_TIMEOUT_S))
+        shown = await service.driver.inspect(_TIMEOUT_S)
+        return json_response(shown | {"admission": service.admission.state()})
 
     return routes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import math
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from scheduler.types import FinishReason
 from serving.api import sse
+from serving.api.gate import pass_of
 from serving.api.logprobs import prompt_logprobs
 from serving.api.responses import json_response
 from serving.api.sampling import Body
 from serving.api.service import Service
 from serving.api.timings import server_timing, timings
-from serving.cluster.driver import ClusterDriver
 from serving.cluster.streams import Delta, RequestStream, StreamGroup
 
 T = TypeVar("T")
@@ -51,16 +51,14 @@ async def respond(
     form: ChoiceForm,
 ) -> Response:
     """Answer as the body asks, in events or whole. Raises RequestError, ClientGone."""
-    left_s = None
+    deadline_s = math.inf
     if body.timeout is not None:  # tokenizing has taken some of it
-        left_s = body.timeout - (time.monotonic() - request.state.arrived_at_s)
-    close = _close_in_time(service.driver, group, left_s)
+        deadline_s = request.state.arrived_at_s + body.timeout
+    open_answer = service.open_answer(group, pass_of(request), deadline_s)
     if body.stream:
-        return sse.event_stream(_chunks(service, body, group, head, form), on_close=close)
-    try:
+        return sse.event_stream(_chunks(service, body, group, head, form), open_answer)
+    with open_answer:
         deltas = await _collect(request, group)
-    finally:
-        close()
 
     def choices() -> list[dict[str, Any]]:
         return [
@@ -76,22 +74,6 @@ async def respond(
         answer["metrics"] = timings(first.times)
         headers["server-timing"] = server_timing(first.times)
     return json_response(answer, headers=headers)
-
-
-def _close_in_time(
-    driver: ClusterDriver, group: StreamGroup, left_s: float | None
-) -> Callable[[], None]:
-    """Let the group end when its time has passed; return what to call when the answer is over."""
-    alarm = None
-    if left_s is not None:
-        alarm = asyncio.get_running_loop().call_later(max(0.0, left_s), driver.expire, group)
-
-    def close() -> None:
-        if alarm is not None:
-            alarm.cancel()
-        driver.cancel(group)
-
-    return close
 
 
 def usage(body: Body, group: StreamGroup) -> dict[str, Any]:
@@ -132,10 +114,14 @@ async def _disconnected(request: Request) -> None:
 
 async def _chunks(
     service: Service, body: Body, group: StreamGroup, head: dict[str, Any], form: ChoiceForm
-) -> AsyncIterator[dict[str, Any]]:
-    """Yield chunk bodies as tokens arrive."""
+) -> AsyncIterator[dict[str, Any] | None]:
+    """Yield chunk bodies as tokens arrive, None for a sign of life."""
     seen: set[int] = set()
-    async for index, delta in group.deltas():
+    async for news in group.deltas():
+        if news is None:
+            yield None
+            continue
+        index, delta = news
         stream, first = group.streams[index], index not in seen
         seen.add(index)
         chunk = partial(form.chunk, first=first)

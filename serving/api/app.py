@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +16,7 @@ from serving.api.access import Access
 from serving.api.answers import ClientGone
 from serving.api.auth import Authenticate
 from serving.api.body_limit import BodyLimit
+from serving.api.gate import Gate
 from serving.api.headers import HeaderLimits
 from serving.api.request_id import RequestIds
 from serving.api.responses import json_response
@@ -33,15 +34,30 @@ _MAX_MESSAGE_CHARS = 200
 
 def create_app(service: Service, rules: PortRules) -> FastAPI:
     modules = (completions, chat, tokenize, models, status)
-    app = bare_app("Hocket", [module.router(service) for module in modules], service, rules)
+    routers = [module.router(service) for module in modules]
+    gate = Middleware(
+        Gate,
+        admission=service.admission,
+        driver=service.driver,
+        on_refused=service.metrics.rejected,
+    )
+    app = bare_app("Hocket", routers, service, rules, inner=[gate])
     app.router.routes.extend(docs_page.router(app).routes)
     return app
 
 
 def bare_app(
-    title: str, routers: Iterable[APIRouter], service: Service, rules: PortRules
+    title: str,
+    routers: Iterable[APIRouter],
+    service: Service,
+    rules: PortRules,
+    *,
+    inner: Sequence[Middleware] = (),
 ) -> FastAPI:
-    """Return an application of these routes behind the bounds and the keys that every port has."""
+    """Return an application of these routes behind the bounds and the keys that every port has.
+
+    `inner` comes after them: it knows the tenant, and the body is there.
+    """
     config = service.config
     app = FastAPI(
         title=title,
@@ -55,6 +71,7 @@ def bare_app(
             Middleware(HeaderLimits),
             Middleware(Authenticate, rules=rules),
             Middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s),
+            *inner,
         ],
     )
     for router in routers:

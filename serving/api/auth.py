@@ -2,7 +2,7 @@
 
 Default-deny: unknown paths, other methods and odd spellings of paths are refused before anything
 else is said about them. Whether a route is public is asked of the route that will serve the
-request, never of the text of a path. Sets `request.state.tenant`.
+request, never of the text of a path. Sets `state["tenant"]` of the scope.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -30,12 +29,6 @@ def public(endpoint: Endpoint) -> Endpoint:
     """Mark an endpoint that needs no key on loopback: what probes and local Prometheus ask."""
     setattr(endpoint, _MARK, True)
     return endpoint
-
-
-def tenant_of(request: Request) -> str:
-    """Return whose request it is."""
-    tenant: str = request.state.tenant
-    return tenant
 
 
 class Authenticate:

@@ -36,6 +36,7 @@ class BodyLimit:
             return
         if body is None:
             return  # the client is gone
+        scope.setdefault("state", {})["num_body_bytes"] = len(body)
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:

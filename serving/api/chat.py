@@ -12,7 +12,7 @@ from starlette.responses import Response
 from scheduler.types import SamplingParams
 from serving.api import answers
 from serving.api.answer_schemas import ChatCompletion, answered_with
-from serving.api.auth import tenant_of
+from serving.api.gate import pass_of
 from serving.api.json_limits import JsonRoute
 from serving.api.logprobs import chat_logprobs
 from serving.api.prompts import chat_ids, truncated
@@ -38,7 +38,7 @@ def router(service: Service) -> APIRouter:
             [token_ids],
             params,
             request_id=ids.internal,
-            tenant=tenant_of(request),
+            entry=pass_of(request),
             param="messages",
             default_max_tokens=None,
         )

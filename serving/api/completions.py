@@ -13,7 +13,7 @@ from starlette.responses import Response
 from scheduler.types import SamplingParams
 from serving.api import answers
 from serving.api.answer_schemas import Completion, answered_with
-from serving.api.auth import tenant_of
+from serving.api.gate import pass_of
 from serving.api.json_limits import JsonRoute
 from serving.api.logprobs import completion_logprobs, score_prompt
 from serving.api.prompts import Prompt, completion_prompts
@@ -42,7 +42,7 @@ def router(service: Service) -> APIRouter:
             [prompt.token_ids for prompt in prompts],
             params,
             request_id=ids.internal,
-            tenant=tenant_of(request),
+            entry=pass_of(request),
             param="prompt",
             default_max_tokens=DEFAULT_MAX_TOKENS,
         )

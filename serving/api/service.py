@@ -13,14 +13,18 @@ from typing import Any
 
 from engine.messages import Ready
 from scheduler.types import MAX_SEED, RequestId, RequestSpec, SamplingParams
+from serving.admission import Admission
+from serving.api.gate import Pass
 from serving.api.known_fields import UnknownFields, unknown_fields, unsupported_field
+from serving.api.open_answer import OpenAnswer
 from serving.api.sampling import Body
 from serving.api.schemas import ChatRequest
 from serving.api.version import VERSION
+from serving.api.watch import Watch
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.streams import StreamGroup
 from serving.config import ServeConfig
-from serving.errors import ContextTooLong, InvalidRequest, NotFound, Unavailable
+from serving.errors import ContextTooLong, InvalidRequest, NotFound
 from serving.metrics import Metrics
 from serving.text.chat import ChatTemplate
 from serving.text.detokenizer import Shown
@@ -38,6 +42,8 @@ class Service:
     driver: ClusterDriver
     metrics: Metrics
     started_at: int  # Unix seconds, for `created` of the model card
+    admission: Admission = field(default_factory=Admission)
+    watch: Watch = field(default_factory=Watch)
     boot_secret: bytes = field(default_factory=partial(secrets.token_bytes, 32), repr=False)
 
     @cached_property
@@ -74,9 +80,6 @@ class Service:
             raise InvalidRequest(
                 "max_tokens must be at least 1, or 0 with echo: true", param="max_tokens"
             )
-        if not self.driver.ready:
-            code = "draining" if self.driver.draining else "no_instance"
-            raise Unavailable("the server is not taking requests now", code=code)
 
     def check_names(self, model: str | None, extra: Mapping[str, Any] | None) -> None:
         """Judge the model's name and the fields that are in no schema. Raises RequestError."""
@@ -117,14 +120,14 @@ class Service:
         params: SamplingParams,
         *,
         request_id: str,
-        tenant: str,
+        entry: Pass,
         param: str,
         default_max_tokens: int | None,
     ) -> StreamGroup:
         """Start n choices for each prompt, in order; `param` names the prompts in errors."""
         asked = body.asked_max_tokens()
         max_tokens = default_max_tokens if asked is None else max(asked, 1)
-        salt = cache_salt(self.boot_secret, tenant, body.cache_salt or "")
+        salt = cache_salt(self.boot_secret, entry.tenant, body.cache_salt or "")
         specs: list[RequestSpec] = []
         for token_ids in prompts:
             room = self._room(token_ids, param)
@@ -141,7 +144,7 @@ class Service:
                         request_id=RequestId(f"{request_id}-{len(specs)}"),
                         prompt_token_ids=tuple(token_ids),
                         params=replace(params, max_tokens=limit, seed=_seed(body), choice=choice),
-                        tenant=tenant,
+                        tenant=entry.tenant,
                         cache_salt=salt,
                         priority=body.priority or 0,
                     )
@@ -150,7 +153,20 @@ class Service:
             stop=bool(body.include_stop_str_in_output),
             special_tokens=body.skip_special_tokens is False,
         )
-        return self.driver.submit(specs, body.stops(), shown)
+        entry.correct({spec.request_id: len(spec.prompt_token_ids) for spec in specs})
+        return self.driver.submit(specs, body.stops(), shown, entry)
+
+    def open_answer(self, group: StreamGroup, entry: Pass, deadline_s: float) -> OpenAnswer:
+        """Return what looks after the answer to these streams until it is complete."""
+        return OpenAnswer(
+            self.driver,
+            group,
+            entry,
+            watch=self.watch,
+            deadline_s=deadline_s,
+            keep_alive_s=self.config.sse_keep_alive_s,
+            slow_client_timeout_s=self.config.slow_client_timeout_s,
+        )
 
     def _room(self, token_ids: Sequence[int], param: str) -> int:
         """Return how many tokens may follow the prompt. Raises InvalidRequest."""

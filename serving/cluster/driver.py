@@ -42,9 +42,8 @@ from scheduler.types import (
 from serving import logs
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.inspection import Inspections
-from serving.cluster.streams import RequestStream, StreamGroup, StreamTable
+from serving.cluster.streams import Observer, RequestStream, StreamGroup, StreamTable
 from serving.errors import (
-    DeadlineExceeded,
     GenerationFailed,
     InstanceLost,
     InvalidRequest,
@@ -117,13 +116,23 @@ class ClusterDriver:
         return await asyncio.shield(self._lost[handle.instance_id])
 
     def submit(
-        self, specs: Sequence[RequestSpec], stops: Sequence[str], shown: Shown = PLAIN_TEXT
+        self,
+        specs: Sequence[RequestSpec],
+        stops: Sequence[str],
+        shown: Shown = PLAIN_TEXT,
+        observer: Observer | None = None,
     ) -> StreamGroup:
         """Run the requests; all of them, or none. Raises RequestError when one is refused."""
         group = StreamGroup()
         for spec in specs:
             stream = RequestStream(
-                spec, self._codec, stops, group.wake, shown, arrived_at_s=self._clock()
+                spec,
+                self._codec,
+                stops,
+                group.wake,
+                shown,
+                observer,
+                arrived_at_s=self._clock(),
             )
             self._streams.add(stream)
             self._idle.clear()
@@ -142,11 +151,11 @@ class ClusterDriver:
                 self._end(stream, FinishReason.ABORT)
                 self._handle(Cancelled(stream.spec.request_id))
 
-    def expire(self, group: StreamGroup) -> None:
-        """The client's own time limit has passed: end what still runs of the group."""
+    def fail(self, group: StreamGroup, error: RequestError, outcome: str) -> None:
+        """End what still runs of the group, and tell its client why."""
         for stream in group.streams:
             if not stream.ended:
-                self._fail(stream.spec.request_id, DeadlineExceeded(), "timeout")
+                self._fail(stream.spec.request_id, error, outcome)
                 self._handle(Cancelled(stream.spec.request_id))
 
     def begin_drain(self) -> int:
@@ -265,6 +274,8 @@ class ClusterDriver:
         if stream is not None:
             stream.num_cached_tokens = event.num_cached_tokens
             stream.marks.started(event.queue_s)
+            if stream.observer is not None:
+                stream.observer.started(event.request_id)
             num_prompt_tokens = len(stream.spec.prompt_token_ids)
             self._metrics.started(num_prompt_tokens, event.num_cached_tokens, event.queue_s)
 
@@ -310,6 +321,8 @@ class ClusterDriver:
 
     def _forget(self, stream: RequestStream, outcome: str) -> None:
         self._streams.remove(stream.spec.request_id)
+        if stream.observer is not None:
+            stream.observer.ended(stream.spec.request_id)
         stream.marks.ended(self._clock())
         times = stream.times
         self._metrics.ended(outcome, stream.spec, stream.num_cached_tokens, times)

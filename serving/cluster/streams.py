@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from scheduler.types import FinishReason, Logprobs, RequestId, RequestSpec
 from serving.cluster.times import RequestMarks, RequestTimes
@@ -36,6 +36,14 @@ class Delta(NamedTuple):
     scored: tuple[ScoredToken, ...] = ()  # if log-probabilities were asked for
 
 
+class Observer(Protocol):
+    """Who wants to know how far requests are, beside their client."""
+
+    def started(self, request_id: RequestId) -> None: ...
+
+    def ended(self, request_id: RequestId) -> None: ...
+
+
 class RequestStream:
     """One request as its client sees it. Belongs to the event loop's thread."""
 
@@ -46,10 +54,12 @@ class RequestStream:
         stops: Sequence[str],
         wake: asyncio.Event,
         shown: Shown = PLAIN_TEXT,
+        observer: Observer | None = None,
         *,
         arrived_at_s: float = 0.0,
     ) -> None:
         self.spec = spec
+        self.observer = observer
         self.num_tokens = 0  # delivered
         self.num_cached_tokens = 0  # of the prompt; known when it has started
         self.prompt_logprobs: list[Logprobs] = []  # of the second token of the prompt and on
@@ -170,6 +180,12 @@ class StreamGroup:
     def __init__(self) -> None:
         self.wake = asyncio.Event()
         self.streams: list[RequestStream] = []
+        self._is_nudged = False
+
+    def nudge(self) -> None:
+        """Have `deltas` yield None once: a sign of life is wanted, though nothing is new."""
+        self._is_nudged = True
+        self.wake.set()
 
     async def whole(self) -> list[Delta]:
         """Wait for the ends; return each stream as one delta. Raises the first stream's error."""
@@ -182,12 +198,18 @@ class StreamGroup:
         deltas = [stream.take() for stream in self.streams]
         return [delta for delta in deltas if delta is not None]
 
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Yield (stream index, delta) until all have ended. Raises the first stream's error."""
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta] | None]:
+        """Yield (stream index, delta) until all have ended. Raises the first stream's error.
+
+        None is what a nudge brings.
+        """
         open_streams = dict(enumerate(self.streams))
         while open_streams:
             await self.wake.wait()
             self.wake.clear()
+            if self._is_nudged:
+                self._is_nudged = False
+                yield None
             for index, stream in list(open_streams.items()):
                 error, delta = stream.error, stream.take()
                 if delta is not None:

@@ -8,6 +8,7 @@ but the name of an unknown field, and of those only so many.
 from __future__ import annotations
 
 from scheduler.types import FinishReason, RejectReason
+from serving.admission import REFUSAL_LABELS
 from serving.telemetry.metric import Alias, Metric
 
 # vLLM's buckets, with finer low ones where a small model on a CPU is quicker than they can tell.
@@ -32,8 +33,10 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 REJECTED = "rejected"
 BLOCK_STATES = ("used", "cached", "claimed", "free")
-_OUTCOMES = (*(reason.value for reason in FinishReason), REJECTED)
-_REASONS = tuple(reason.value for reason in RejectReason)
+TIMEOUT = "timeout"  # in the queue, or by the client's own limit
+DRAINING, NO_INSTANCE = "draining", RejectReason.NO_INSTANCE.value
+_OUTCOMES = (*(reason.value for reason in FinishReason), REJECTED, TIMEOUT)
+_REASONS = (*(reason.value for reason in RejectReason), DRAINING, *REFUSAL_LABELS)
 
 # The facts: what happened, and who told.
 _ARRIVAL = "a request is accepted (driver)"

@@ -29,6 +29,7 @@ class Client:
     tokens: list[int]
     num_preemptions: int = 0
     started: StartedEvent | None = None  # what its first admission makes of it
+    is_announced: bool = False  # by an event
 
     @property
     def num_output_tokens(self) -> int:
@@ -68,4 +69,5 @@ class Step:
 
     result: StepResult
     sampled_by: list[Life]
+    only_computed: list[Life] = field(default_factory=list)  # those whose chunk sampled nothing
     touched: dict[int, set[Life]] = field(default_factory=dict)

@@ -249,6 +249,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                     life.tokens.append(next_token(life.client.spec, life.num_computed))
                     sampled.append(SampledToken(life.name, life.tokens[-1]))
                     self.step.sampled_by.append(life)
+                else:
+                    self.step.only_computed.append(life)
         self.step.result = replace(
             self.step.result, sampled=tuple(sampled), failures=tuple(failures)
         )
@@ -290,8 +292,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def complete(self) -> None:
         step = self.in_flight.pop(0)
-        expected = [*self.expected_events(step)]
-        assert self.scheduler.complete_step(step.result) == expected
+        expected, started = [*self.expected_events(step)], [*self.expected_starts(step)]
+        events = self.scheduler.complete_step(step.result)
+        assert events[: len(expected)] == expected
+        assert sorted(events[len(expected) :]) == sorted(started)
 
     def expected_events(self, step: Step) -> Iterator[RequestEvent]:
         for name, cause in step.result.failures:
@@ -303,9 +307,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.is_alive(name) or self.lives[name] is not life:
                 continue  # it has ended, or will draw the same token again
             client, params = life.client, life.client.spec.params
-            if not client.num_output_tokens:
-                assert client.started is not None
-                yield client.started
+            if not client.is_announced:
+                assert not client.num_output_tokens
+                yield self.announce(client)
             yield TokenEvent(name, client.num_output_tokens, token_id)
             client.tokens.append(token_id)
             assert life.tokens[: len(client.tokens)] == client.tokens
@@ -319,6 +323,18 @@ class SchedulerMachine(RuleBasedStateMachine):
                 del self.clients[name]
                 self.histories.append(tuple(client.tokens))
                 yield FinishedEvent(name, reason, client.num_preemptions)
+
+    def expected_starts(self, step: Step) -> Iterator[RequestEvent]:
+        """Those who began with a part of their prompt, and have no token yet."""
+        for life in step.only_computed:
+            is_there = self.is_alive(life.name) and self.lives[life.name] is life
+            if is_there and not life.client.is_announced:
+                yield self.announce(life.client)
+
+    def announce(self, client: Client) -> StartedEvent:
+        client.is_announced = True
+        assert client.started is not None
+        return client.started
 
     @rule(num_steps=st.integers(2, 6))
     def run(self, num_steps: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 _STARTED = re.compile(r"Serving +(\S+) .* at (http://\S+)/v1")
+_ADMIN = re.compile(r"Admin: (http://\S+)")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class RunningServer:
     url: str
     model: str
     block: str
+
+    @property
+    def admin_url(self) -> str:
+        found = _ADMIN.search(self.block)
+        assert found is not None, "it was started without --admin-port"
+        return found[1]
 
     def terminate(self) -> int:
         """Send SIGTERM and return the exit code."""

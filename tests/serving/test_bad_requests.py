@@ -71,7 +71,7 @@ def metric_names(server):
 HONEST_OUTCOMES = {
     f'hocket_requests_{what}{{model="fake",outcome="{outcome}"}}'
     for what in ("total", "created")
-    for outcome in ("rejected", "abort", "error", "stop", "length")
+    for outcome in ("rejected", "abort", "error", "stop", "length", "timeout")
 }
 
 
@@ -478,7 +478,8 @@ PUBLIC = {"/health", "/ready", "/metrics", "/metrics/vllm", "/ping"}
 
 def routes():
     config = ServeConfig(engine=EngineConfig(model_name="fake", model_folder=None))
-    app = create_app(SimpleNamespace(config=config, metrics=Metrics("fake")), PortRules())
+    parts = {"metrics": Metrics("fake"), "admission": None, "driver": None}
+    app = create_app(SimpleNamespace(config=config, **parts), PortRules())
     return app.routes
 
 

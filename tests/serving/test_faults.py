@@ -42,7 +42,8 @@ def loaded(server):
     ]
     for thread in threads:
         thread.start()
-    until(lambda: metric(server, "hocket_requests_running") == 2 * NUM_CLIENTS)
+    # A stream that has given nothing yet would be told by a status of its own.
+    until(lambda: metric(server, "hocket_time_to_first_token_seconds_count") == 2 * NUM_CLIENTS)
     yield answers
     for thread in threads:
         thread.join(timeout=30)

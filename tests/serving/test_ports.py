@@ -158,7 +158,7 @@ def port_of(url: str) -> int:
 
 
 def admin_url(server):
-    return server.block.partition("Admin: ")[2].split()[0]
+    return server.admin_url
 
 
 def test_with_keys_on_every_address(tmp_path):

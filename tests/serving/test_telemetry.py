@@ -201,7 +201,7 @@ def test_rates_see_the_first_event():
     for name in ("requests_total", "request_rejections_total", "preemptions_total"):
         values = samples(page, f"hocket_{name}")
         assert set(values.values()) <= {0}
-    assert len(samples(page, "hocket_requests_total")) == 5
+    assert len(samples(page, "hocket_requests_total")) == 6
 
 
 def test_two_servers_in_one_process_do_not_meet():

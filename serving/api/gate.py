@@ -1,0 +1,145 @@
+"""The door of the routes that generate: who may come in, said before anybody parses a body.
+
+It owns the ticket of each HTTP request and gives it back when the request is over, however that
+came. What the bounds are is `serving.admission`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from scheduler.types import RequestId
+from serving.admission import BYTES_PER_TOKEN, Admission, Refusal, RefusalReason, Ticket
+from serving.api.responses import json_response
+from serving.api.watch import Clock
+from serving.cluster.driver import ClusterDriver
+from serving.errors import RequestError, TooManyRequests, Unavailable
+from serving.telemetry.table import DRAINING, NO_INSTANCE
+
+_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+
+
+class Pass:
+    """A ticket, for those who have something to say of it: its size, its start, its end."""
+
+    def __init__(
+        self, admission: Admission, ticket: Ticket, on_refused: Callable[[str], None], clock: Clock
+    ) -> None:
+        self._admission = admission
+        self._ticket = ticket
+        self._on_refused = on_refused
+        self._clock = clock
+
+    @property
+    def tenant(self) -> str:
+        return self._ticket.tenant
+
+    def correct(self, sizes: Mapping[RequestId, int]) -> None:
+        """Tell the prompt tokens of each request. Raises RequestError when it is too much now."""
+        refusal = self._admission.correct(self._ticket, sizes, self._clock())
+        if refusal is not None:
+            self._on_refused(refusal.label)
+            raise error_of(refusal)
+
+    def started(self, request_id: RequestId) -> None:
+        self._admission.started(self._ticket, request_id, self._clock())
+
+    def ended(self, request_id: RequestId) -> None:
+        self._admission.ended(self._ticket, request_id, self._clock())
+
+    def check_age(self, now: float) -> RequestError | None:
+        """Return the end of a request that has waited too long, None if it may go on."""
+        if not self._admission.is_overdue(self._ticket, now):
+            return None
+        retry_after_s = self._admission.retry_after_s(self._ticket.request_id, now)
+        return Unavailable(
+            "the request waited too long for its turn; try again later",
+            code="queue_timeout",
+            retry_after_s=retry_after_s,
+        )
+
+
+class Gate:
+    """ASGI middleware; inside of it `pass_of` has the request's ticket.
+
+    It comes after the tenant is known and the body is there, so that a client that sends slowly
+    takes no place in the queue. `on_refused` is told one of few words, never a client's.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        admission: Admission,
+        driver: ClusterDriver,
+        on_refused: Callable[[str], None],
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._app = app
+        self._admission = admission
+        self._driver = driver
+        self._on_refused = on_refused
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in _PATHS:
+            await self._app(scope, receive, send)
+            return
+        entered = self._enter(scope)
+        if isinstance(entered, RequestError):
+            answer = json_response(entered.body(), entered.status, entered.headers())
+            await answer(scope, receive, send)
+            return
+        scope["state"]["entry"] = Pass(self._admission, entered, self._on_refused, self._clock)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._admission.leave(entered, self._clock())
+
+    def _enter(self, scope: Scope) -> Ticket | RequestError:
+        state, now = scope["state"], self._clock()
+        request_id = state["request_id"]
+        if not self._driver.ready:
+            code = DRAINING if self._driver.draining else NO_INSTANCE
+            self._on_refused(code)
+            return Unavailable(
+                "the server is not taking requests now",
+                code=code,
+                retry_after_s=self._admission.retry_after_s(request_id, now),
+            )
+        num_tokens = state["num_body_bytes"] // BYTES_PER_TOKEN
+        entered = self._admission.enter(request_id, state["tenant"], num_tokens, now)
+        if isinstance(entered, Refusal):
+            self._on_refused(entered.label)
+            return error_of(entered)
+        return entered
+
+
+def pass_of(request: Request) -> Pass:
+    entry: Pass = request.state.entry
+    return entry
+
+
+def error_of(refusal: Refusal) -> RequestError:
+    """Return what the client is told."""
+    what = _WORDS[refusal.reason]
+    if refusal.is_tenants:
+        return TooManyRequests(
+            f"you have {what} already; try again shortly", retry_after_s=refusal.retry_after_s
+        )
+    return Unavailable(
+        f"the server is full: it has {what}; try again shortly",
+        code="queue_full",
+        retry_after_s=refusal.retry_after_s,
+    )
+
+
+_WORDS = {
+    RefusalReason.STREAMS: "as many streams open as it may have",
+    RefusalReason.REQUESTS: "as many requests queued as it may have",
+    RefusalReason.TOKENS: "as many prompt tokens queued as it may have",
+    RefusalReason.AGE: "a queue longer than a request may wait",
+}
