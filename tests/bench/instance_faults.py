@@ -18,8 +18,9 @@ import os
 import signal
 import statistics
 import sys
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -181,6 +182,8 @@ def main() -> int:
     args = parser.parse_args()
     flags = ("--fake", "--watchdog-timeout", str(args.watchdog_timeout))
     with running_server(*flags, prelude=_PRELUDE) as server:
+        # A server whose log nobody reads stands still once the pipe is full.
+        threading.Thread(target=deque, args=(server.process.stderr, 0), daemon=True).start()
         pid = server.process.pid
         asyncio.run(measure(server, 0))  # what the first requests open for good is open
         time.sleep(1.0)
