@@ -10,6 +10,8 @@ import msgspec
 from engine.messages import Begin, Command, Report, StartReport
 
 
+# Paths are the one type of these messages that msgpack does not know; NotImplementedError is what
+# msgspec asks its hooks to raise for any other.
 def _encode_path(value: Any) -> str:
     if isinstance(value, Path):
         return str(value)
