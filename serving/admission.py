@@ -236,8 +236,8 @@ class Admission:
         return waits and now - ticket.arrived_at_s >= self.limits.max_queue_age_s
 
     def retry_after_s(self, request_id: str, now: float) -> float:
-        """Return when to try again, for a request that is refused for a reason found elsewhere."""
-        return _jittered(self._server.retry_s(now), request_id)
+        """Return when the queue will have drained, for one that is refused though it was in."""
+        return jittered(self._server.retry_s(now), request_id)
 
     def state(self) -> dict[str, Any]:
         """Return what is open and what was refused as plain data for people."""
@@ -269,7 +269,7 @@ class Admission:
             reason = self._reached(tally, part, num_requests, num_tokens, num_streams, now)
             if reason is not None:
                 self.num_refused[reason] += 1
-                retry_s = _jittered(tally.retry_s(now), request_id)
+                retry_s = jittered(tally.retry_s(now), request_id)
                 return Refusal(reason, is_tenants, retry_s)
         return None
 
@@ -320,8 +320,8 @@ class Admission:
         return self._server, own
 
 
-def _jittered(seconds: float, request_id: str) -> float:
-    """Spread the wait by what the request's id hashes to: a function of it, no dice."""
+def jittered(seconds: float, request_id: str) -> float:
+    """Bound the wait, and spread it by a hash of the request's id: a function of it, no dice."""
     spread = zlib.crc32(request_id.encode()) / 2**32  # 0 to 1
     bounded = min(max(seconds, _MIN_RETRY_S), _MAX_RETRY_S)
     return bounded * (1 + _JITTER * (2 * spread - 1))

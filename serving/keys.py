@@ -8,14 +8,16 @@ logs or keeps a key itself, and no flag takes one: other users of the machine ca
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
 import logging
 import os
 import re
+import signal
 import stat
-from collections.abc import Iterable, MutableMapping
+from collections.abc import AsyncIterator, Iterable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +93,29 @@ class KeyStore:
             await asyncio.sleep(_POLL_S)
             if _signature(self._path) != self._seen:
                 self.reload()
+
+
+@contextlib.asynccontextmanager
+async def watched(*stores: KeyStore | None) -> AsyncIterator[None]:
+    """Read files of keys again when they change, and at SIGHUP, while the block runs."""
+    loop = asyncio.get_running_loop()
+    files = [store for store in stores if store is not None and store.reloads]
+    if not files:
+        yield
+        return
+
+    def reload() -> None:
+        for store in files:
+            store.reload()
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    watches = [loop.create_task(store.watch()) for store in files]
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        for watch in watches:
+            watch.cancel()
 
 
 def open_store(path: Path | None, environ: MutableMapping[str, str], name: str) -> KeyStore | None:

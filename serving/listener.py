@@ -18,7 +18,10 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket, not listening yet. Raises UserError if the address cannot be had."""
+    """Return a listening socket. Raises UserError if the address cannot be had.
+
+    Who comes before there is a server waits for it, and no other process can take the port.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sets TCP_NODELAY where a socket says that it is TCP, and accepted ones say what this
     # one says. Without it every second write waits for the client's delayed ACK, about 40 ms.
@@ -26,6 +29,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()
     except OSError as error:
         listener.close()
         raise UserError(

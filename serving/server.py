@@ -1,26 +1,23 @@
-"""Runs one server from start to drained end: socket, model, instance, HTTP, signals."""
+"""Runs one server from start to drained end: ports, model, instance, signals."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import logging
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from types import FrameType
-
-import uvicorn
 
 from engine.config import EngineConfig
+from engine.messages import Ready
 from engine.startup import Progress
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import InstanceId
-from serving.admin_server import admin_plane, watched_keys
 from serving.admission import Admission
+from serving.api.admin import create_admin_app
 from serving.api.app import create_app
 from serving.api.service import Service
 from serving.api.watch import Watch
@@ -30,9 +27,10 @@ from serving.cluster.handle import InstanceHandle
 from serving.cluster.process import ProcessHandle
 from serving.cluster.supervisor import Supervisor
 from serving.config import ServeConfig
-from serving.connections import HangUp, set_options
+from serving.connections import set_options
 from serving.errors import RequestError
-from serving.http_connection import MAX_HEAD_BYTES, Connection
+from serving.http_server import HttpServer
+from serving.keys import watched
 from serving.metrics import Metrics
 from serving.ports import Port
 from serving.status import report_status, watch_event_loop
@@ -40,33 +38,6 @@ from serving.text.chat import ChatTemplate, chat_template
 from serving.text.tokenizer import TextCodec, fake_codec, load_codec
 
 log = logging.getLogger(__name__)
-
-# After the drain only idle connections are left; uvicorn waits this long for them.
-_CLOSE_TIMEOUT_S = 3
-# Longer than clients keep idle connections (httpx 5 s, aiohttp 15 s): whoever closes one while the
-# other sends on it fails that request, and clients know when they send.
-_KEEP_ALIVE_S = 75
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn leaves at the first signal; this one asks first. Both methods are its hooks."""
-
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        on_started: Callable[[], None],
-        on_signal: Callable[[], object],
-    ) -> None:
-        super().__init__(config)
-        self._on_started = on_started
-        self._on_signal = on_signal
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_started()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self._on_signal()
 
 
 async def serve(
@@ -99,30 +70,90 @@ async def serve(
         )
 
     supervisor = Supervisor(driver, make_handle)
+    starting = asyncio.ensure_future(supervisor.start())
+    ending = _Ending(driver, config.drain_timeout_s, starting)
+    set_options(api.listener, config.slow_client_timeout_s)
+    api_server = HttpServer(api, ending.signalled)
+    admin_server = None if admin is None else HttpServer(admin)
     warming = asyncio.ensure_future(_warm(template, codec))
     watchers = [
         asyncio.create_task(report_status(metrics)),
         asyncio.create_task(watch_event_loop(metrics.event_loop_lag)),
     ]
     try:
-        service = Service(
-            config=config,
-            ready=await supervisor.start(),
-            codec=codec,
-            template=template,
-            driver=driver,
-            metrics=metrics,
-            admission=Admission(config.admission),
-            watch=Watch(config.watch_interval_s),
-            started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
-        )
-        return await _serve_http(service, api, admin, on_ready)
+        async with contextlib.AsyncExitStack() as stack:
+            for server in filter(None, (api_server, admin_server)):
+                await stack.enter_async_context(server.running(ending.server_ended))
+            await asyncio.wait([starting])
+            if starting.cancelled():  # by a signal: nothing had been accepted
+                return True
+            service = Service(
+                config=config,
+                ready=starting.result(),
+                codec=codec,
+                template=template,
+                driver=driver,
+                metrics=metrics,
+                admission=Admission(config.admission),
+                watch=Watch(config.watch_interval_s),
+                started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
+            )
+            api_server.entrance.open(create_app(service, api.rules))
+            stores = [api.rules.keys]
+            if admin is not None and admin_server is not None:
+                admin_server.entrance.open(create_admin_app(service, admin.rules))
+                stores.append(admin.rules.keys)
+            await stack.enter_async_context(watched(*stores))
+            gc.collect()
+            gc.freeze()  # what exists now stays: walking it again would stop all streams
+            on_ready(service)
+            return await ending.clean
     finally:
-        for watcher in watchers:
-            watcher.cancel()
+        for task in (starting, *watchers):
+            task.cancel()
         await warming
         await supervisor.stop()
         await driver.stop()
+
+
+class _Ending:
+    """What signals ask for: the first, an end to the start or a drain; the second, an end at once.
+
+    `clean` tells whether all that was accepted ended well, once it is over.
+    """
+
+    def __init__(
+        self, driver: ClusterDriver, drain_timeout_s: float, starting: asyncio.Future[Ready]
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.clean: asyncio.Future[bool] = self._loop.create_future()
+        self._driver = driver
+        self._drain_timeout_s = drain_timeout_s
+        self._starting = starting
+        self._draining: asyncio.Task[None] | None = None
+
+    def signalled(self) -> None:
+        """May be called wherever the main thread happens to be."""
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def server_ended(self) -> None:
+        """The API cannot be reached any more, for whatever reason."""
+        self._end(clean=False)
+
+    def _begin(self) -> None:
+        if not self._starting.done():
+            self._starting.cancel()
+        elif self._draining is None:
+            self._draining = self._loop.create_task(self._drain())
+        else:
+            self._end(clean=False)
+
+    async def _drain(self) -> None:
+        self._end(clean=await self._driver.drain(self._drain_timeout_s))
+
+    def _end(self, *, clean: bool) -> None:
+        if not self.clean.done():
+            self.clean.set_result(clean)
 
 
 async def _warm(template: ChatTemplate | None, codec: TextCodec) -> None:
@@ -133,51 +164,6 @@ async def _warm(template: ChatTemplate | None, codec: TextCodec) -> None:
             await asyncio.to_thread(codec.prepare)
     except RequestError as error:
         log.warning("chats cannot be served: %s", error.message)
-
-
-async def _serve_http(
-    service: Service, api: Port, admin: Port | None, on_ready: Callable[[Service], None]
-) -> bool:
-    gc.collect()
-    gc.freeze()  # what exists now stays: walking it again and again would stop all streams
-    set_options(api.listener, service.config.slow_client_timeout_s)
-    loop = asyncio.get_running_loop()
-    drained: asyncio.Task[bool] | None = None
-
-    async def drain() -> bool:
-        try:
-            return await service.driver.drain(service.config.drain_timeout_s)
-        finally:
-            server.should_exit = True
-
-    def begin_drain() -> None:
-        nonlocal drained
-        if drained is None:
-            drained = loop.create_task(drain())
-        else:  # the second signal
-            server.should_exit = server.force_exit = True
-
-    server = _HttpServer(
-        uvicorn.Config(
-            HangUp(create_app(service, api.rules)),
-            http=Connection,
-            ws="none",
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-            log_config=None,  # its messages go where ours go
-            log_level="error",  # at "warning" everybody who connects can fill the log
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
-        ),
-        on_started=partial(on_ready, service),
-        on_signal=partial(loop.call_soon_threadsafe, begin_drain),
-    )
-    admin_keys = None if admin is None else admin.rules.keys
-    async with watched_keys(api.rules.keys, admin_keys), admin_plane(service, admin):
-        await server.serve(sockets=[api.listener])
-    return drained is not None and drained.done() and drained.result()
 
 
 def _with_new_log(config: EngineConfig) -> EngineConfig:

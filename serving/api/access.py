@@ -29,6 +29,7 @@ class Access:
     def __init__(self, app: ASGIApp, observe: Callable[[str, int], None]) -> None:
         self._app = app
         self._observe = observe
+        self._paths: frozenset[str] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,9 +51,20 @@ class Access:
             status = 500
             raise
         finally:
-            route = getattr(scope.get("route"), "path", NO_ROUTE)
+            route = self._route(scope)
             self._observe(route, status)
             _write(scope, route, status, shown_id, time.monotonic() - start_s)
+
+    def _route(self, scope: Scope) -> str:
+        """Return the template of the route; a path without parameters is its own.
+
+        By the second many are known that were refused before anybody looked for their route.
+        """
+        if (route := scope.get("route")) is not None:
+            return str(route.path)
+        if self._paths is None:
+            self._paths = frozenset(route.path for route in scope["app"].routes)
+        return scope["path"] if scope["path"] in self._paths else NO_ROUTE
 
 
 def _write(scope: Scope, route: str, status: int, shown_id: str, duration_s: float) -> None:

@@ -13,12 +13,19 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from scheduler.types import RequestId
-from serving.admission import BYTES_PER_TOKEN, Admission, Refusal, RefusalReason, Ticket
+from serving.admission import (
+    BYTES_PER_TOKEN,
+    Admission,
+    Refusal,
+    RefusalReason,
+    Ticket,
+    jittered,
+)
 from serving.api.responses import json_response
 from serving.api.watch import Clock
 from serving.cluster.driver import ClusterDriver
 from serving.errors import RequestError, TooManyRequests, Unavailable
-from serving.telemetry.table import DRAINING, NO_INSTANCE
+from serving.telemetry.table import DRAINING, NO_INSTANCE, QUEUE_TIMEOUT
 
 _PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 
@@ -52,13 +59,17 @@ class Pass:
         self._admission.ended(self._ticket, request_id, self._clock())
 
     def check_age(self, now: float) -> RequestError | None:
-        """Return the end of a request that has waited too long, None if it may go on."""
+        """Return the end of a request that has waited too long, None if it may go on.
+
+        Whoever asks ends it then.
+        """
         if not self._admission.is_overdue(self._ticket, now):
             return None
+        self._on_refused(QUEUE_TIMEOUT)
         retry_after_s = self._admission.retry_after_s(self._ticket.request_id, now)
         return Unavailable(
             "the request waited too long for its turn; try again later",
-            code="queue_timeout",
+            code=QUEUE_TIMEOUT,
             retry_after_s=retry_after_s,
         )
 
@@ -108,7 +119,7 @@ class Gate:
             return Unavailable(
                 "the server is not taking requests now",
                 code=code,
-                retry_after_s=self._admission.retry_after_s(request_id, now),
+                retry_after_s=jittered(self._driver.up_in_s, request_id),
             )
         num_tokens = state["num_body_bytes"] // BYTES_PER_TOKEN
         entered = self._admission.enter(request_id, state["tenant"], num_tokens, now)

@@ -18,7 +18,7 @@ from serving.api.watch import Watch
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.streams import StreamGroup
 from serving.errors import DeadlineExceeded
-from serving.telemetry.table import TIMEOUT
+from serving.telemetry.table import REJECTED, TIMEOUT
 
 KEEP_ALIVE = b": keep-alive\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -74,11 +74,10 @@ class OpenAnswer:
         return send_watched
 
     def look(self, now: float) -> None:
-        error = self._pass.check_age(now)
-        if error is None and now >= self._deadline_s:
-            error = DeadlineExceeded()
-        if error is not None:
-            self._driver.fail(self._group, error, TIMEOUT)
+        if now >= self._deadline_s:
+            self._driver.fail(self._group, DeadlineExceeded(), TIMEOUT)
+        elif (too_old := self._pass.check_age(now)) is not None:
+            self._driver.fail(self._group, too_old, REJECTED)
         if self._moved_at_s is None:
             return
         silent_s = now - self._moved_at_s

@@ -80,6 +80,7 @@ class ClusterDriver:
         self._inspections = Inspections()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._up_at_s = 0.0  # when an instance should be up again, while none is
         self.draining = False
 
     @property
@@ -105,6 +106,15 @@ class ClusterDriver:
             self._metrics.instance_ready(instance_id, ready)
             self._handle(InstanceUp(instance_id, self._max_requests))
         return ready
+
+    def expect_up(self, at_s: float) -> None:
+        """An instance that was lost will be back at about this time."""
+        self._up_at_s = at_s
+
+    @property
+    def up_in_s(self) -> float:
+        """Return how long those should wait who find no instance; at least a second."""
+        return max(1.0, self._up_at_s - self._clock())
 
     @property
     def num_streams(self) -> int:
@@ -224,7 +234,9 @@ class ClusterDriver:
             case RejectReason.NO_INSTANCE if self.draining:
                 return Unavailable("the server is shutting down", code="draining")
             case RejectReason.NO_INSTANCE:
-                return Unavailable("no instance is up", code="no_instance")
+                return Unavailable(
+                    "no instance is up", code="no_instance", retry_after_s=self.up_in_s
+                )
             case RejectReason.DUPLICATE_ID:
                 return InvalidRequest("a request with this id is running", param="request_id")
 

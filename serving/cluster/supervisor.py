@@ -42,6 +42,7 @@ class Supervisor:
         self._sleep = sleep
         self._incarnation = 0
         self._delay_s = FIRST_DELAY_S
+        self._start_took_s = 0.0
         self._keeping: asyncio.Task[None] | None = None
 
     async def start(self) -> Ready:
@@ -73,9 +74,9 @@ class Supervisor:
             if self._driver.draining:  # there is no work for it any more
                 await asyncio.Event().wait()
             log.warning("instance %s starts again in %g s", handle.instance_id, self._delay_s)
+            self._driver.expect_up(self._clock() + self._delay_s + self._start_took_s)
             await self._sleep(self._delay_s)
             self._delay_s = min(2 * self._delay_s, MAX_DELAY_S)
-            start_s = self._clock()
             try:
                 handle, _ = await self._start()
             except Exception as error:  # noqa: BLE001 (whatever it was, it may pass)
@@ -84,11 +85,14 @@ class Supervisor:
                     what = f"{error.cause}; {error.remedy}"
                 log.error("instance %s does not start: %s", handle.instance_id, what)
                 continue
-            seconds = self._clock() - start_s
+            seconds = self._start_took_s
             log.warning("instance %s is up again, started in %.2f s", handle.instance_id, seconds)
             return handle
 
     async def _start(self) -> tuple[InstanceHandle, Ready]:
         self._incarnation += 1
         handle = self._make(self._incarnation)
-        return handle, await self._driver.start(handle)
+        start_s = self._clock()
+        ready = await self._driver.start(handle)
+        self._start_took_s = self._clock() - start_s
+        return handle, ready

@@ -33,10 +33,11 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 REJECTED = "rejected"
 BLOCK_STATES = ("used", "cached", "claimed", "free")
-TIMEOUT = "timeout"  # in the queue, or by the client's own limit
-DRAINING, NO_INSTANCE = "draining", RejectReason.NO_INSTANCE.value
+TIMEOUT = "timeout"  # by the client's own limit
+QUEUE_TIMEOUT = "queue_timeout"
+LOADING, DRAINING, NO_INSTANCE = "loading", "draining", RejectReason.NO_INSTANCE.value
 _OUTCOMES = (*(reason.value for reason in FinishReason), REJECTED, TIMEOUT)
-_REASONS = (*(reason.value for reason in RejectReason), DRAINING, *REFUSAL_LABELS)
+_REASONS = (*(reason.value for reason in RejectReason), DRAINING, *REFUSAL_LABELS, QUEUE_TIMEOUT)
 
 # The facts: what happened, and who told.
 _ARRIVAL = "a request is accepted (driver)"

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 _STARTED = re.compile(r"Serving +(\S+) .* at (http://\S+)/v1")
@@ -42,20 +43,16 @@ def children_of(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running_server(
+def starting_server(
     *args: str,
     env: dict[str, str] | None = None,
     start_new_session: bool = False,
     prelude: str = "",
-) -> Iterator[RunningServer]:
-    """Start `hocket serve ARGS` on a free port; yields when the ready block has been printed.
-
-    `prelude` is what its process does first.
-    """
+) -> Iterator[subprocess.Popen[str]]:
+    """Start `hocket serve ARGS`; yields at once. `prelude` is what its process does first."""
     program = f"{prelude}\nfrom serving.cli import main; main()"
-    command = [sys.executable, "-c", program, "serve", "--port", "0"]
     with subprocess.Popen(
-        [*command, *args],
+        [sys.executable, "-c", program, "serve", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -64,16 +61,23 @@ def running_server(
         start_new_session=start_new_session,
     ) as process:
         try:
-            block, started = "", None
-            assert process.stdout is not None
-            assert process.stderr is not None
-            for line in process.stdout:
-                block += line
-                started = started or _STARTED.search(line)
-                if line.startswith("    -d "):
-                    break
-            assert started, f"the server did not start:\n{block}{process.stderr.read()}"
-            yield RunningServer(process, started[2], started[1], block)
+            yield process
         finally:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def running_server(*args: str, **settings: Any) -> Iterator[RunningServer]:
+    """Start it on a free port, as above; yields when the ready block has been printed."""
+    with starting_server("--port", "0", *args, **settings) as process:
+        block, started = "", None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            block += line
+            started = started or _STARTED.search(line)
+            if line.startswith("    -d "):
+                break
+        assert started, f"the server did not start:\n{block}{process.stderr.read()}"
+        yield RunningServer(process, started[2], started[1], block)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,12 @@ import pytest
 from serving.progress import NoProgress
 from serving.replay import report
 from serving.store.local import resolve
-from tests.serving.servers import children_of, running_server
+from tests.serving.servers import (
+    RunningServer,
+    children_of,
+    running_server,
+    starting_server,
+)
 from tests.serving.test_http import LONG, call, connect, metric
 from tests.serving.test_process import is_gone, until
 from tests.tiny_gguf import write_tiny_gguf
@@ -59,6 +65,17 @@ def is_told(stream, response, payload):
     return (response.status, code, done, rest) == (200, "instance_failed", b"data: [DONE]", b"")
 
 
+def instances_of(pid):
+    """Its processes of models, from when they have become that: a fork is not yet one."""
+    words = {child: Path(f"/proc/{child}/cmdline").read_text() for child in children_of(pid)}
+    return [child for child, line in words.items() if "serving.instance" in line]
+
+
+def answers_at_all(server):
+    with suppress(ConnectionRefusedError):
+        return status(server, "/health")
+
+
 def status(server, path):
     return call(server, "GET", path)[0].status
 
@@ -82,6 +99,29 @@ def test_a_lost_instance_is_told_to_everyone_and_comes_back(number):
         assert json.loads(answer[1])["usage"]["completion_tokens"] == 3
         assert status(server, "/health") == 200
         assert server.terminate() == 0
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_server_that_loads_says_so_and_may_be_stopped(ends):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with starting_server("--fake", "--port", str(port)) as process:
+        server = RunningServer(process, f"http://127.0.0.1:{port}", "fake", "")
+        until(lambda: instances_of(process.pid))
+        (child,) = instances_of(process.pid)
+        os.kill(child, signal.SIGSTOP)
+        until(lambda: answers_at_all(server))
+        for method, path in (("GET", "/health"), ("GET", "/ready"), ("POST", "/v1/completions")):
+            response, payload = call(server, method, path, LONG if method == "POST" else None)
+            assert (response.status, json.loads(payload)["error"]["code"]) == (503, "loading")
+            assert int(response.headers["retry-after"]) >= 1
+        if ends:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=10) == 0, "nothing had been accepted"
+            assert is_gone(child)
+        else:
+            os.kill(child, signal.SIGCONT)
+            until(lambda: status(server, "/ready") == 200)
 
 
 def test_the_instance_does_not_outlive_its_server():

@@ -57,7 +57,11 @@ class Supervised:
         self._bad_starts = bad_starts
         self.metrics = Metrics("m")
         self.driver = ClusterDriver(
-            ClusterScheduler(), fake_codec(), self.metrics, max_requests_per_instance=4
+            ClusterScheduler(),
+            fake_codec(),
+            self.metrics,
+            max_requests_per_instance=4,
+            clock=lambda: self.now,
         )
         self._supervisor = Supervisor(
             self.driver, self._make, clock=lambda: self.now, sleep=self._sleep
@@ -151,6 +155,27 @@ def test_while_it_is_down_requests_are_told_to_come_again():
         await fleet.until_up()
         fleet.driver.submit([make_spec("c")], [])
         assert len(fleet.handles[-1].commands) == 1
+
+    supervised(scenario)
+
+
+def test_they_are_told_to_come_when_it_should_be_up():
+    async def scenario(fleet):
+        waits = []
+        sleep = fleet._sleep
+
+        async def asked(seconds):
+            with pytest.raises(Unavailable) as refusal:
+                fleet.driver.submit([make_spec("a")], [])
+            waits.append(refusal.value.retry_after_s)
+            await sleep(seconds)
+
+        fleet._supervisor._sleep = asked
+        for _ in range(4):
+            fleet.fail()
+            await fleet.until_up()
+        assert waits == [1, 1, 2, 4], "the delay, at least a second"
+        assert fleet.driver.up_in_s == 1
 
     supervised(scenario)
 
