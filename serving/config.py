@@ -40,6 +40,7 @@ class ServeFlags:
         Seconds after which a request that has not begun ends with 503; 0 lets it wait for ever.
     tenant_share
         How much of the queue and of the streams one tenant may take; beyond it the answer is 429.
+        By default all, or a half where the keys are of several tenants.
     max_num_batched_tokens
         Tokens of one step: small steps make steady streams, large ones quick prompts.
     scheduling_policy
@@ -98,7 +99,7 @@ class ServeFlags:
     max_num_waiting_tokens: int = 262_144
     max_num_streams: int | None = None
     max_queue_age: float = 60.0
-    tenant_share: float = 1.0
+    tenant_share: float | None = None
     max_num_batched_tokens: int = 512
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     prefix_caching: bool = True

@@ -112,7 +112,7 @@ class Unauthorized(RequestError):
 
     def __init__(self) -> None:
         super().__init__(
-            "No API key was given, or one that this server does not know. "
+            "Incorrect API key provided, or none. "  # LiteLLM looks for the first four words
             "Send it as: Authorization: Bearer KEY"
         )
 

@@ -25,7 +25,7 @@ from serving.errors import (
 # Of one head while it is incomplete; the application checks those that come in one piece.
 MAX_HEAD_BYTES = 64 << 10
 
-_MAX_CONNECTIONS = 8192
+MAX_CONNECTIONS = 8192
 _RESERVED_FILES = 64  # descriptors for all else than connections
 
 _REASONS = {
@@ -36,6 +36,18 @@ _REASONS = {
 }
 
 
+def raise_file_limit() -> None:
+    """Let this process have all the connections it would serve, as far as the system lets it.
+
+    A login's limit is often 1,024 and may be raised; where it may not, fewer are served.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + _RESERVED_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 class Connection(H11Protocol):
     """Whoever connects must send a whole head within a time: the first, and each after it began.
 
@@ -43,7 +55,7 @@ class Connection(H11Protocol):
     """
 
     head_timeout_s: ClassVar[float] = 10.0
-    max_connections: ClassVar[int] = _MAX_CONNECTIONS
+    max_connections: ClassVar[int] = MAX_CONNECTIONS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,6 +93,8 @@ class Connection(H11Protocol):
 
     def _room(self) -> int:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY:
+            return self.max_connections
         return min(self.max_connections, soft - _RESERVED_FILES)
 
     def _time_head(self) -> None:

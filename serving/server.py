@@ -29,6 +29,7 @@ from serving.cluster.supervisor import Supervisor
 from serving.config import ServeConfig
 from serving.connections import set_options
 from serving.errors import RequestError
+from serving.http_connection import raise_file_limit
 from serving.http_server import HttpServer
 from serving.keys import watched
 from serving.metrics import Metrics
@@ -72,6 +73,7 @@ async def serve(
     supervisor = Supervisor(driver, make_handle)
     starting = asyncio.ensure_future(supervisor.start())
     ending = _Ending(driver, config.drain_timeout_s, starting)
+    raise_file_limit()
     set_options(api.listener, config.slow_client_timeout_s)
     api_server = HttpServer(api, ending.signalled)
     admin_server = None if admin is None else HttpServer(admin)

@@ -22,6 +22,7 @@ from serving.ports import Port, admin_rules, api_rules
 from serving.progress import LoggedProgress, Progress, TerminalProgress
 
 FAKE_MODEL_NAME = "fake"
+_SHARE_OF_SEVERAL = 0.5
 
 
 def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> None:
@@ -47,7 +48,13 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
             with times.phase("model", "finding the model"):
                 name, folder = _find_model(model, progress)
         config = replace(
-            make_config(flags, name, folder, port=api.listener.getsockname()[1]),
+            make_config(
+                flags,
+                name,
+                folder,
+                port=api.listener.getsockname()[1],
+                num_tenants=1 if rules.keys is None else rules.keys.keys.num_tenants,
+            ),
             admin_port=None if admin is None else admin.listener.getsockname()[1],
             num_keys=0 if rules.keys is None else len(rules.keys.keys.entries),
         )
@@ -107,13 +114,15 @@ def _check_patience(flags: ServeFlags) -> None:
         value = getattr(flags, name)
         if not value > 0:
             raise UserError(f"{_flag(name)} {value} makes no sense", "it must be more than 0")
-    if not 0 < flags.tenant_share <= 1:
+    if flags.tenant_share is not None and not 0 < flags.tenant_share <= 1:
         raise UserError(
             f"--tenant-share {flags.tenant_share} is no share", "it must be more than 0, at most 1"
         )
 
 
-def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int) -> ServeConfig:
+def make_config(
+    flags: ServeFlags, name: str, folder: Path | None, *, port: int, num_tenants: int = 1
+) -> ServeConfig:
     """Return what the flags mean. Raises UserError for a size that cannot be read."""
     try:
         kv_memory_bytes = None if flags.kv_memory is None else parse_bytes(flags.kv_memory)
@@ -143,11 +152,14 @@ def make_config(flags: ServeFlags, name: str, folder: Path | None, *, port: int)
         watchdog_timeout_s=flags.watchdog_timeout,
         sse_keep_alive_s=flags.sse_keep_alive,
         slow_client_timeout_s=flags.slow_client_timeout,
-        admission=_admission_limits(flags),
+        admission=_admission_limits(flags, num_tenants),
     )
 
 
-def _admission_limits(flags: ServeFlags) -> AdmissionLimits:
+def _admission_limits(flags: ServeFlags, num_tenants: int) -> AdmissionLimits:
+    share = flags.tenant_share
+    if share is None:  # whoever is not alone leaves room for others
+        share = 1.0 if num_tenants == 1 else _SHARE_OF_SEVERAL
     max_num_requests = flags.max_num_running + flags.max_num_waiting
     return AdmissionLimits(
         max_num_running=flags.max_num_running,
@@ -155,7 +167,7 @@ def _admission_limits(flags: ServeFlags) -> AdmissionLimits:
         max_num_waiting_tokens=flags.max_num_waiting_tokens,
         max_num_streams=flags.max_num_streams or 2 * max_num_requests,
         max_queue_age_s=flags.max_queue_age or math.inf,
-        tenant_share=flags.tenant_share,
+        tenant_share=share,
     )
 
 

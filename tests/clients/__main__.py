@@ -7,6 +7,7 @@ Each script of this folder says in its first lines what it needs:
     # env NAME: packages for pip            one environment; several lines, several runs
     # host-packages                         it also sees this interpreter's packages (torch)
     # server: flags of `hocket serve`       without --fake it is the real model
+    # tenants: NAME ...                     with the key NAME-0123456789abcdef; else no keys
 
 It is called with the server's URL, the model's name and the model's folder (or `-`), prints one
 line for each thing that it saw hold, and fails with a traceback. Environments are kept; those that
@@ -40,12 +41,13 @@ class ClientScript:
     environments: dict[str, list[str]]
     sees_host_packages: bool
     server_flags: list[str]
+    tenants: list[str]
 
 
 def read_script(path: Path) -> ClientScript:
     """Return what the head of a script says. Raises ValueError for a line that is not known."""
     environments: dict[str, list[str]] = {}
-    host, flags = False, []
+    host, flags, tenants = False, [], []
     for line in path.read_text().splitlines():
         if not line.startswith("# "):
             break
@@ -57,9 +59,11 @@ def read_script(path: Path) -> ClientScript:
                 host = True
             case ["server"]:
                 flags = rest.split()
+            case ["tenants"]:
+                tenants = rest.split()
             case _:
                 raise ValueError(f"{path}: {line!r}")
-    return ClientScript(path, environments, host, flags)
+    return ClientScript(path, environments, host, flags, tenants)
 
 
 def interpreter(folder: Path, packages: list[str], *, host: bool) -> Path:
@@ -84,6 +88,8 @@ def run(script: ClientScript, envs: Path, peers: Path) -> dict[str, bool]:
     """Run the script in each of its environments; return which of them went well."""
     fake = "--fake" in script.server_flags
     model = "-" if fake else str(resolve(None, NoProgress()).path)
+    keys = [f"{tenant}: {tenant}-0123456789abcdef" for tenant in script.tenants]
+    key_env = {"HOCKET_API_KEYS": ",".join(keys)} if keys else {}
     outcomes = {}
     for name, packages in script.environments.items():
         python = peers / name / "bin" / "python"
@@ -93,7 +99,7 @@ def run(script: ClientScript, envs: Path, peers: Path) -> dict[str, bool]:
         # PATH: some clients start programs of their environment.
         env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "NO_PROXY": "*"}
         env.pop("PYTHONPATH", None)
-        with running_server(*script.server_flags) as server:
+        with running_server(*script.server_flags, env=key_env) as server:
             done = subprocess.run(
                 [python, script.path, server.url, server.model, model],
                 env=env, timeout=_TIMEOUT_S, check=False,

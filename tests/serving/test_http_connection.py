@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 
 import pytest
 import uvicorn
 
 from serving.api.body_limit import BodyLimit
-from serving.http_connection import MAX_HEAD_BYTES, Connection
+from serving.http_connection import MAX_HEAD_BYTES, Connection, raise_file_limit
 from tests.serving.raw import Answer, receive
 
 
@@ -187,3 +188,15 @@ def test_a_body_that_does_not_come_is_408(monkeypatch, declares):
         assert (answer.status, answer.error["code"]) == (408, "request_timeout")
 
     run(scenario, app=app)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [(256, 1024, 1024), (256, 20_000, 8256), (9000, 20_000, 9000), (-1, -1, -1), (256, -1, 8256)],
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch, soft, hard, raised):
+    limits = {resource.RLIMIT_NOFILE: (soft, hard)}
+    monkeypatch.setattr(resource, "getrlimit", limits.get)
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    raise_file_limit()
+    assert limits[resource.RLIMIT_NOFILE] == (raised, hard)

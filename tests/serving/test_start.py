@@ -75,6 +75,15 @@ def test_the_defaults_are_safe():
     assert config.max_requests == 64 + 512
 
 
+@pytest.mark.parametrize(
+    ("given", "num_tenants", "share"), [(None, 1, 1), (None, 2, 0.5), (1, 2, 1)]
+)
+def test_one_of_several_tenants_leaves_room_for_others(given, num_tenants, share):
+    flags = ServeFlags(tenant_share=given)
+    config = make_config(flags, "m", None, port=1, num_tenants=num_tenants)
+    assert config.admission.tenant_share == share
+
+
 def test_flags_reach_the_engine():
     config = make_config(ServeFlags(), "m", None, port=1)
     engine = config.engine
