@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from types import FrameType
 
 import uvicorn
 
@@ -22,13 +21,11 @@ _KEEP_ALIVE_S = 75
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn leaves at the first signal; this one asks `on_signal`, or leaves signals alone."""
+    """uvicorn without its signals: whoever runs it knows when to leave."""
 
-    def __init__(self, port: Port, on_signal: Callable[[], object] | None = None) -> None:
+    def __init__(self, port: Port) -> None:
         self.port = port
         self.entrance = Entrance()
-        self._on_signal = on_signal
-        self._was_asked_to_end = False
         super().__init__(
             uvicorn.Config(
                 HangUp(self.entrance),
@@ -58,16 +55,5 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """A hook of uvicorn."""
-        if self._on_signal is None:
-            yield
-            return
-        with super().capture_signals():
-            yield
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Handle a signal: a hook of uvicorn, called wherever the main thread happens to be."""
-        assert self._on_signal is not None
-        self.force_exit = self._was_asked_to_end  # asked twice, it waits for nobody
-        self._was_asked_to_end = True
-        self._on_signal()
+        """Do nothing; a hook of uvicorn."""
+        yield

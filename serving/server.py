@@ -7,8 +7,9 @@ import contextlib
 import gc
 import itertools
 import logging
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from engine.config import EngineConfig
@@ -39,6 +40,8 @@ from serving.text.chat import ChatTemplate, chat_template
 from serving.text.tokenizer import TextCodec, fake_codec, load_codec
 
 log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 async def serve(
@@ -72,19 +75,21 @@ async def serve(
 
     supervisor = Supervisor(driver, make_handle)
     starting = asyncio.ensure_future(supervisor.start())
-    ending = _Ending(driver, config.drain_timeout_s, starting)
     raise_file_limit()
     set_options(api.listener, config.slow_client_timeout_s)
-    api_server = HttpServer(api, ending.signalled)
+    api_server = HttpServer(api)
     admin_server = None if admin is None else HttpServer(admin)
+    servers = [server for server in (api_server, admin_server) if server is not None]
+    ending = _Ending(driver, config.drain_timeout_s, starting, servers)
     warming = asyncio.ensure_future(_warm(template, codec))
     watchers = [
         asyncio.create_task(report_status(metrics)),
         asyncio.create_task(watch_event_loop(metrics.event_loop_lag)),
     ]
+    ending.obey_signals()
     try:
         async with contextlib.AsyncExitStack() as stack:
-            for server in filter(None, (api_server, admin_server)):
+            for server in servers:
                 await stack.enter_async_context(server.running(ending.server_ended))
             await asyncio.wait([starting])
             if starting.cancelled():  # by a signal: nothing had been accepted
@@ -116,6 +121,7 @@ async def serve(
         await warming
         await supervisor.stop()
         await driver.stop()
+        ending.disobey_signals()
 
 
 class _Ending:
@@ -125,29 +131,40 @@ class _Ending:
     """
 
     def __init__(
-        self, driver: ClusterDriver, drain_timeout_s: float, starting: asyncio.Future[Ready]
+        self,
+        driver: ClusterDriver,
+        drain_timeout_s: float,
+        starting: asyncio.Future[Ready],
+        servers: Sequence[HttpServer],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.clean: asyncio.Future[bool] = self._loop.create_future()
         self._driver = driver
         self._drain_timeout_s = drain_timeout_s
         self._starting = starting
+        self._servers = servers
         self._draining: asyncio.Task[None] | None = None
 
-    def signalled(self) -> None:
-        """May be called wherever the main thread happens to be."""
-        self._loop.call_soon_threadsafe(self._begin)
+    def obey_signals(self) -> None:
+        for number in _SIGNALS:
+            self._loop.add_signal_handler(number, self._next)
+
+    def disobey_signals(self) -> None:
+        for number in _SIGNALS:
+            self._loop.remove_signal_handler(number)
 
     def server_ended(self) -> None:
         """The API cannot be reached any more, for whatever reason."""
         self._end(clean=False)
 
-    def _begin(self) -> None:
+    def _next(self) -> None:
         if not self._starting.done():
             self._starting.cancel()
         elif self._draining is None:
             self._draining = self._loop.create_task(self._drain())
         else:
+            for server in self._servers:
+                server.force_exit = True  # it waits for no connection any more
             self._end(clean=False)
 
     async def _drain(self) -> None:
