@@ -51,10 +51,16 @@ class RefusalReason(StrEnum):
     REQUESTS = "requests"
     TOKENS = "tokens"
     AGE = "age"  # it would wait longer than it may
+    TOO_MANY = "too_many"  # more generations than may ever be open: no wait would help
 
 
 _TENANTS = "tenant_"
-REFUSAL_LABELS = tuple(scope + reason for scope in ("", _TENANTS) for reason in RefusalReason)
+_LABELS = {
+    (is_tenants, reason): (_TENANTS if is_tenants else "") + reason
+    for is_tenants in (False, True)
+    for reason in RefusalReason
+}
+REFUSAL_LABELS = tuple(_LABELS.values())
 
 
 class Refusal(NamedTuple):
@@ -63,22 +69,24 @@ class Refusal(NamedTuple):
     reason: RefusalReason
     is_tenants: bool  # its tenant's bound, not the server's
     retry_after_s: float
+    limit: float  # that bound, in its own unit
 
     @property
     def label(self) -> str:
         """The word that it is counted by."""
-        return _TENANTS + self.reason if self.is_tenants else self.reason.value
+        return _LABELS[self.is_tenants, self.reason]
 
 
 class Ticket:
     """What one HTTP request holds. Only `Admission` writes here."""
 
-    __slots__ = ("arrived_at_s", "queued", "request_id", "running", "tenant")
+    __slots__ = ("arrived_at_s", "has_begun", "queued", "request_id", "running", "tenant")
 
     def __init__(self, request_id: str, tenant: str, arrived_at_s: float) -> None:
         self.request_id = request_id
         self.tenant = tenant
         self.arrived_at_s = arrived_at_s
+        self.has_begun = False  # for some of it was computed
         # The prompt tokens of each generation that has not started.
         self.queued: dict[RequestId, int] = {}
         self.running: set[RequestId] = set()
@@ -203,6 +211,7 @@ class Admission:
         """A generation's first step is complete: it is queued no more."""
         num_tokens = ticket.queued.pop(generation_id, None)
         if num_tokens is not None:
+            ticket.has_begun = True
             ticket.running.add(generation_id)
             for tally in self._tallies(ticket.tenant, now):
                 tally.unqueue(num_tokens, now)
@@ -232,7 +241,7 @@ class Admission:
 
     def is_overdue(self, ticket: Ticket, now: float) -> bool:
         """Whether it has waited too long to be served at all; a request that began goes on."""
-        waits = bool(ticket.queued) and not ticket.running
+        waits = bool(ticket.queued) and not ticket.has_begun
         return waits and now - ticket.arrived_at_s >= self.limits.max_queue_age_s
 
     def retry_after_s(self, request_id: str, now: float) -> float:
@@ -262,15 +271,16 @@ class Admission:
         """Return why so much more cannot be let in. The tenant's bounds come first."""
         share = self.limits.tenant_share
         scopes = [(self._server, 1.0, False)]
-        own = self._tenants.get(tenant)
-        if own is not None and share < 1.0:
+        if share < 1.0:
+            own = self._tenants.get(tenant) or _Tally(now)
             scopes.insert(0, (own, share, True))
         for tally, part, is_tenants in scopes:
-            reason = self._reached(tally, part, num_requests, num_tokens, num_streams, now)
-            if reason is not None:
+            reached = self._reached(tally, part, num_requests, num_tokens, num_streams, now)
+            if reached is not None:
+                reason, limit = reached
                 self.num_refused[reason] += 1
                 retry_s = jittered(tally.retry_s(now), request_id)
-                return Refusal(reason, is_tenants, retry_s)
+                return Refusal(reason, is_tenants, retry_s, limit)
         return None
 
     def _reached(
@@ -281,24 +291,27 @@ class Admission:
         num_tokens: int,
         num_streams: int,
         now: float,
-    ) -> RefusalReason | None:
+    ) -> tuple[RefusalReason, float] | None:
+        """Return the bound that so much more would exceed, of which `part` is the tally's."""
         limits = self.limits
-        if tally.num_streams + num_streams > max(1, part * limits.max_num_streams):
-            return RefusalReason.STREAMS
-        is_alone = not (tally.num_queued or tally.num_running)
-        num_open = tally.num_queued + tally.num_running + num_requests
-        max_num_open = part * (limits.max_num_running + limits.max_num_waiting)
-        if num_open > max_num_open and not (is_alone and num_requests == 1):
-            return RefusalReason.REQUESTS
+        max_num_streams = max(1, part * limits.max_num_streams)
+        if tally.num_streams + num_streams > max_num_streams:
+            return RefusalReason.STREAMS, max_num_streams
+        max_num_open = max(1, part * (limits.max_num_running + limits.max_num_waiting))
+        if num_requests > max_num_open:
+            return RefusalReason.TOO_MANY, max_num_open
+        num_open = tally.num_queued + tally.num_running
+        if num_open + num_requests > max_num_open:
+            return RefusalReason.REQUESTS, max_num_open
         # One that is alone is let in whatever its size: no wait would make it smaller.
         max_num_tokens = part * limits.max_num_waiting_tokens
         if tally.num_queued and tally.num_queued_tokens + num_tokens > max_num_tokens:
-            return RefusalReason.TOKENS
-        num_before = num_open - num_requests - part * limits.max_num_running
-        if num_before > 0:
-            rates = tally.rate.per_second(now)
-            if rates is not None and num_before > rates[0] * limits.max_queue_age_s:
-                return RefusalReason.AGE
+            return RefusalReason.TOKENS, max_num_tokens
+        # The server's rate also for a tenant: how fast its own start depends on all the others.
+        rates = self._server.rate.per_second(now)
+        num_before = num_open - part * limits.max_num_running
+        if rates is not None and num_before > max(0, part * rates[0] * limits.max_queue_age_s):
+            return RefusalReason.AGE, limits.max_queue_age_s
         return None
 
     def _queue(self, ticket: Ticket, sizes: Mapping[RequestId, int], now: float) -> None:

@@ -135,6 +135,7 @@ class ServeConfig:
     slow_client_timeout_s: float = 30.0
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     max_body_bytes: int = 1 << 20
+    max_total_body_bytes: int = 128 << 20  # of those that are not complete
     max_num_choices: int = 8  # n
     max_num_prompts: int = 64  # prompts in one completion request
     body_timeout_s: float = 60.0  # 1 MiB in that time is 17 KiB/s

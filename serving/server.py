@@ -58,8 +58,13 @@ async def serve(
     """
     codec = _codec(config)
     metrics = Metrics(config.engine.model_name)
+    admission = Admission(config.admission)
     driver = ClusterDriver(
-        ClusterScheduler(), codec, metrics, max_requests_per_instance=config.max_requests
+        ClusterScheduler(),
+        codec,
+        metrics,
+        max_requests_per_instance=config.max_requests,
+        retry_after_s=lambda request_id: admission.retry_after_s(request_id, time.monotonic()),
     )
     template = chat_template(codec)
 
@@ -101,7 +106,7 @@ async def serve(
                 template=template,
                 driver=driver,
                 metrics=metrics,
-                admission=Admission(config.admission),
+                admission=admission,
                 watch=Watch(config.watch_interval_s),
                 started_at=int(time.time()),  # noqa: TID251 (shown to clients as wall-clock time)
             )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from serving.api import chat, completions, docs_page, models, status, tokenize
 from serving.api.access import Access
@@ -21,6 +23,7 @@ from serving.api.headers import HeaderLimits
 from serving.api.request_id import RequestIds
 from serving.api.responses import json_response
 from serving.api.service import Service
+from serving.api.turns import Turns
 from serving.api.version import VERSION
 from serving.errors import InvalidRequest, RequestError, internal_error
 from serving.ports import PortRules
@@ -33,31 +36,33 @@ _MAX_MESSAGE_CHARS = 200
 
 
 def create_app(service: Service, rules: PortRules) -> FastAPI:
-    modules = (completions, chat, tokenize, models, status)
-    routers = [module.router(service) for module in modules]
-    gate = Middleware(
-        Gate,
-        admission=service.admission,
-        driver=service.driver,
-        on_refused=service.metrics.rejected,
-    )
-    app = bare_app("Hocket", routers, service, rules, inner=[gate])
+    def gate(app: ASGIApp) -> ASGIApp:
+        return Gate(app, service.admission, service.driver, service.metrics.rejected)
+
+    routers = [
+        _wrapped(completions.router(service), gate),
+        _wrapped(chat.router(service), gate),
+        _wrapped(tokenize.router(service), Turns().of),
+        models.router(service),
+        status.router(service),
+    ]
+    app = bare_app("Hocket", routers, service, rules)
     app.router.routes.extend(docs_page.router(app).routes)
     return app
 
 
-def bare_app(
-    title: str,
-    routers: Iterable[APIRouter],
-    service: Service,
-    rules: PortRules,
-    *,
-    inner: Sequence[Middleware] = (),
-) -> FastAPI:
-    """Return an application of these routes behind the bounds and the keys that every port has.
+def _wrapped(router: APIRouter, wrap: Callable[[ASGIApp], ASGIApp]) -> APIRouter:
+    """Put what serves each route behind something: by route, whatever its path looks like."""
+    for route in router.routes:
+        assert isinstance(route, Route)
+        route.app = wrap(route.app)
+    return router
 
-    `inner` comes after them: it knows the tenant, and the body is there.
-    """
+
+def bare_app(
+    title: str, routers: Iterable[APIRouter], service: Service, rules: PortRules
+) -> FastAPI:
+    """Return an application of these routes behind the bounds and the keys that every port has."""
     config = service.config
     app = FastAPI(
         title=title,
@@ -70,8 +75,12 @@ def bare_app(
             Middleware(RequestIds),
             Middleware(HeaderLimits),
             Middleware(Authenticate, rules=rules),
-            Middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s),
-            *inner,
+            Middleware(
+                BodyLimit,
+                max_bytes=config.max_body_bytes,
+                max_total_bytes=config.max_total_body_bytes,
+                timeout_s=config.body_timeout_s,
+            ),
         ],
     )
     for router in routers:

@@ -1,4 +1,4 @@
-"""Bodies are bounded in size and in time, whether they declare their size or not."""
+"""Bodies are bounded in size and in time, whether they declare their size or not, and in sum."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.refusal import refuse
-from serving.errors import BodyTooLarge, RequestTimedOut
+from serving.errors import BodyTooLarge, RequestTimedOut, Unavailable
 
 
 class BodyLimit:
-    """ASGI middleware. Reads the body before the application does, up to the limits."""
+    """ASGI middleware. Reads the body before the application does, up to the limits.
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+    `max_total_bytes` is of all bodies that are not complete: many clients who withhold their last
+    byte must not fill the memory.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, max_total_bytes: int, timeout_s: float
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
+        self._num_free_bytes = max_total_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -27,7 +34,7 @@ class BodyLimit:
             self._check_declared(scope)
             async with asyncio.timeout(self._timeout_s):
                 body = await self._read(receive)
-        except BodyTooLarge as error:
+        except (BodyTooLarge, Unavailable) as error:
             await refuse(error, scope, receive, send)
             return
         except TimeoutError:
@@ -51,17 +58,24 @@ class BodyLimit:
             raise self._too_large()
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """Return the body, None if the client left. Raises BodyTooLarge."""
+        """Return the body, None if the client left. Raises BodyTooLarge, Unavailable."""
         body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None
-            body += message.get("body", b"")
-            if len(body) > self._max_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return bytes(body)
+        try:
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return None
+                part = message.get("body", b"")
+                body += part
+                self._num_free_bytes -= len(part)
+                if len(body) > self._max_bytes:
+                    raise self._too_large()
+                if not message.get("more_body", False):
+                    return bytes(body)
+                if self._num_free_bytes < 0:
+                    raise Unavailable("too many bodies are on their way", code="queue_full")
+        finally:
+            self._num_free_bytes += len(body)
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body must not exceed {self._max_bytes} bytes")

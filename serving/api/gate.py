@@ -24,10 +24,8 @@ from serving.admission import (
 from serving.api.responses import json_response
 from serving.api.watch import Clock
 from serving.cluster.driver import ClusterDriver
-from serving.errors import RequestError, TooManyRequests, Unavailable
+from serving.errors import InvalidRequest, RequestError, TooManyRequests, Unavailable
 from serving.telemetry.table import DRAINING, NO_INSTANCE, QUEUE_TIMEOUT
-
-_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 
 
 class Pass:
@@ -75,10 +73,10 @@ class Pass:
 
 
 class Gate:
-    """ASGI middleware; inside of it `pass_of` has the request's ticket.
+    """Wraps the application of one route; inside of it `pass_of` has the request's ticket.
 
-    It comes after the tenant is known and the body is there, so that a client that sends slowly
-    takes no place in the queue. `on_refused` is told one of few words, never a client's.
+    By then the tenant is known and the body is there, so that a client that sends slowly takes no
+    place in the queue. `on_refused` is told one of few words, never a client's.
     """
 
     def __init__(
@@ -96,9 +94,6 @@ class Gate:
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in _PATHS:
-            await self._app(scope, receive, send)
-            return
         entered = self._enter(scope)
         if isinstance(entered, RequestError):
             answer = json_response(entered.body(), entered.status, entered.headers())
@@ -136,6 +131,12 @@ def pass_of(request: Request) -> Pass:
 
 def error_of(refusal: Refusal) -> RequestError:
     """Return what the client is told."""
+    if refusal.reason is RefusalReason.TOO_MANY:
+        return InvalidRequest(
+            f"that is more than the {refusal.limit:.0f} answers that this server computes for you "
+            "at a time: send fewer prompts, or a smaller n",
+            param="n",
+        )
     what = _WORDS[refusal.reason]
     if refusal.is_tenants:
         return TooManyRequests(

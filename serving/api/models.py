@@ -11,7 +11,7 @@ from serving.api.answer_schemas import EMPTY, ModelCard, ModelList, Status, answ
 from serving.api.auth import public
 from serving.api.responses import json_response
 from serving.api.service import Service
-from serving.errors import NotFound
+from serving.errors import NotFound, Unavailable
 from serving.metrics import CONTENT_TYPE
 
 
@@ -50,7 +50,7 @@ def router(service: Service) -> APIRouter:
     @public
     async def health() -> Response:
         """Return 200 while an instance is up: also when draining or full, which is no illness."""
-        return Response(status_code=200 if service.driver.alive else 503)
+        return alive(service)
 
     @routes.get("/ready", responses={503: {"model": Status}, **answered_with(Status)})
     @public
@@ -59,7 +59,7 @@ def router(service: Service) -> APIRouter:
         if service.driver.ready:
             return json_response({"status": "ready"})
         status = "draining" if service.driver.draining else "no instance"
-        return json_response({"status": status}, 503, {"retry-after": "1"})
+        return json_response({"status": status}, 503, _later(service))
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     @public
@@ -73,3 +73,14 @@ def router(service: Service) -> APIRouter:
         return Response(service.metrics.render_vllm(), headers={"content-type": CONTENT_TYPE})
 
     return routes
+
+
+def alive(service: Service) -> Response:
+    """Return 200 while an instance is up, 503 with when to ask again while none is."""
+    if service.driver.alive:
+        return Response()
+    return Response(status_code=503, headers=_later(service))
+
+
+def _later(service: Service) -> dict[str, str]:
+    return Unavailable("", retry_after_s=service.driver.up_in_s).headers()

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from serving.api.answer_schemas import EMPTY, Load, Version, answered_with
 from serving.api.auth import public
+from serving.api.models import alive
 from serving.api.responses import json_response
 from serving.api.service import Service
 from serving.api.version import VERSION
@@ -30,6 +31,6 @@ def router(service: Service) -> APIRouter:
     @public
     async def ping() -> Response:
         """Return what /health does."""
-        return Response(status_code=200 if service.driver.alive else 503)
+        return alive(service)
 
     return routes

@@ -40,6 +40,7 @@ from scheduler.types import (
     TokenEvent,
 )
 from serving import logs
+from serving.admission import jittered
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.inspection import Inspections
 from serving.cluster.streams import Observer, RequestStream, StreamGroup, StreamTable
@@ -67,12 +68,14 @@ class ClusterDriver:
         metrics: Metrics,
         *,
         max_requests_per_instance: int,
+        retry_after_s: Callable[[RequestId], float] = lambda _: 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
         self._codec = codec
         self._metrics = metrics
         self._max_requests = max_requests_per_instance
+        self._retry_after_s = retry_after_s
         self._clock = clock
         self._handles: dict[InstanceId, InstanceHandle] = {}  # the last incarnation of each
         self._lost: dict[InstanceId, asyncio.Future[str]] = {}  # done, with the cause, when it is
@@ -182,7 +185,12 @@ class ClusterDriver:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             for request_id in self._streams.open_ids():
-                self._fail(request_id, Unavailable("the server shut down", code="draining"))
+                cut_off = Unavailable(
+                    "the server shut down",
+                    code="draining",
+                    retry_after_s=self._retry_after_s(request_id),
+                )
+                self._fail(request_id, cut_off)
                 self._handle(Cancelled(request_id))
             return False
         return True
@@ -225,17 +233,26 @@ class ClusterDriver:
                 case _:
                     assert_never(action)
 
-    def _refusal(self, reason: RejectReason) -> RequestError:
+    def _refusal(self, request_id: RequestId, reason: RejectReason) -> RequestError:
+        retry_after_s = self._retry_after_s(request_id)
         match reason:
             case RejectReason.NEVER_FITS:
                 return InvalidRequest("prompt and max_tokens can never fit into the KV memory")
             case RejectReason.QUEUE_FULL:
-                return Unavailable("the server is full; try again shortly", code="queue_full")
+                return Unavailable(
+                    "the server is full; try again shortly",
+                    code="queue_full",
+                    retry_after_s=retry_after_s,
+                )
             case RejectReason.NO_INSTANCE if self.draining:
-                return Unavailable("the server is shutting down", code="draining")
+                return Unavailable(
+                    "the server is shutting down", code="draining", retry_after_s=retry_after_s
+                )
             case RejectReason.NO_INSTANCE:
                 return Unavailable(
-                    "no instance is up", code="no_instance", retry_after_s=self.up_in_s
+                    "no instance is up",
+                    code="no_instance",
+                    retry_after_s=jittered(self.up_in_s, request_id),
                 )
             case RejectReason.DUPLICATE_ID:
                 return InvalidRequest("a request with this id is running", param="request_id")
@@ -323,7 +340,7 @@ class ClusterDriver:
 
     def _reject(self, request_id: RequestId, reason: RejectReason) -> None:
         self._metrics.rejected(reason)
-        self._fail(request_id, self._refusal(reason), "rejected")
+        self._fail(request_id, self._refusal(request_id, reason), "rejected")
 
     def _fail(self, request_id: RequestId, error: RequestError, outcome: str = "error") -> None:
         stream = self._streams.get(request_id)

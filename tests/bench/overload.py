@@ -7,6 +7,9 @@ and answers of 2 to 14. Capacity is what a closed loop of as many sessions as ma
 done per second. Requests that are meant to be sent in the first tenth are left out, and throughput
 counts what ended after it.
 
+It fails where goodput at the last load is below 0.9 of its peak, TTFT p99 above three times that at
+the first, a refusal's p99 above 50 ms, another error seen, or the client above half a core.
+
 Goodput counts answers whose TTFT is at most three times the p99 at 0.9 of capacity. Every latency
 counts from when a request was meant to be sent. The server and the client share two cores.
 """
@@ -124,6 +127,24 @@ def show(seen: Seen, ttft_s: float) -> None:
     )
 
 
+def verdict(runs: Sequence[Seen]) -> int:
+    """Print what the last load did to the server beside the first; return the exit status."""
+    slo_s = 3 * runs[0].ttft_p99_s
+    last = runs[-1]
+    refused_ms = [record.e2e_s * 1000 for record in last.records if record.error in REFUSED]
+    num_errors = sum(record.error not in ("", *REFUSED) for seen in runs for record in seen.records)
+    share = last.goodput(slo_s) / max(seen.goodput(slo_s) for seen in runs)
+    slower, refusal_ms = last.ttft_p99_s / runs[0].ttft_p99_s, percentile(refused_ms, 99)
+    client = max(seen.client_cpu for seen in runs)
+    print(
+        f"at {last.load:g} x: goodput {share:.3f} of peak, TTFT p99 {slower:.2f} of that at "
+        f"{runs[0].load:g}, refusals p99 {refusal_ms:.1f} ms, {num_errors} other errors"
+    )
+    good = share >= 0.9 and slower <= 3 and not refusal_ms > 50 and not num_errors and client < 0.5
+    print("PASSED" if good else "FAILED")
+    return 0 if good else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=120.0)
@@ -143,16 +164,7 @@ def main() -> int:
         for load in args.loads:
             runs.append(asyncio.run(run(server, load, load * capacity, args.seconds)))
             show(runs[-1], 3 * runs[0].ttft_p99_s)
-    slo_s = 3 * runs[0].ttft_p99_s
-    best = max(seen.goodput(slo_s) for seen in runs)
-    last = runs[-1]
-    refused_ms = [record.e2e_s * 1000 for record in last.records if record.error in REFUSED]
-    print(
-        f"at {last.load:g} x: goodput {last.goodput(slo_s) / best:.3f} of peak, TTFT p99 "
-        f"{last.ttft_p99_s / runs[0].ttft_p99_s:.2f} of that at {runs[0].load:g}, "
-        f"refusals p99 {percentile(refused_ms, 99):.1f} ms"
-    )
-    return 0
+    return verdict(runs)
 
 
 if __name__ == "__main__":

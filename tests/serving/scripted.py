@@ -204,6 +204,9 @@ class Server:
             "/v1/chat/completions", {"messages": messages, "max_tokens": 4} | body
         )
 
+    async def tokenize(self, prompt):
+        return await self._post("/tokenize", {"prompt": prompt})
+
     async def _post(self, path, body):
         return await self._call("POST", path, json.dumps(body).encode())
 

@@ -49,7 +49,10 @@ def test_choices_and_prompts_count_as_what_they_cost():
     assert isinstance(enter(at, "b"), Refusal)
     at.leave(ticket, 0.0)
     ticket = enter(at, "c")
-    assert at.correct(ticket, {str(number): 1 for number in range(6)}, 0.0) is not None
+    refusal = at.correct(ticket, {str(number): 1 for number in range(6)}, 0.0)
+    assert refusal.reason is RefusalReason.TOO_MANY
+    error = error_of(refusal)
+    assert (error.status, error.param) == (400, "n"), "no wait would help"
     assert at.state()["server"] == NOTHING | {"num_streams": 1}, "refused, it is queued no more"
     at.leave(ticket, 0.0)
     assert at.state()["server"] == NOTHING
@@ -140,6 +143,19 @@ def test_whoever_would_wait_too_long_is_told_at_once():
     assert isinstance(enter(at, "x", now=10.0), Ticket)
 
 
+def test_who_floods_the_queue_does_not_make_others_wait_too_long():
+    at = admission(
+        max_num_waiting=100, max_num_streams=200, max_queue_age_s=20.0, tenant_share=0.25
+    )
+    greedy = [enter(at, f"g{number}", tenant="greedy") for number in range(25)]
+    for number in range(10):  # one a second, all of them the greedy tenant's
+        at.started(greedy[number], f"g{number}", number + 1.0)
+        at.leave(greedy[number], number + 1.0)
+    assert enter(at, "g", tenant="greedy", now=10.0).reason is RefusalReason.AGE
+    for number in range(5):
+        assert isinstance(enter(at, f"m{number}", tenant="modest", now=10.0), Ticket)
+
+
 def test_only_those_who_have_not_begun_are_overdue():
     at = admission()
     ticket = enter(at, "a")
@@ -148,6 +164,8 @@ def test_only_those_who_have_not_begun_are_overdue():
     assert at.is_overdue(ticket, 10.0)
     at.started(ticket, "a-1", 10.0)
     assert not at.is_overdue(ticket, 99.0)
+    at.ended(ticket, "a-1", 99.0)
+    assert not at.is_overdue(ticket, 99.0), "nor between one choice and the next"
     patient = admission(max_queue_age_s=math.inf)
     assert not patient.is_overdue(enter(patient, "a"), 1e9)
 

@@ -180,12 +180,30 @@ def test_rubbish_after_an_answer_closes_without_noise(caplog):
 @pytest.mark.parametrize("declares", [b"Content-Length: 9", b"Transfer-Encoding: chunked"])
 def test_a_body_that_does_not_come_is_408(monkeypatch, declares):
     monkeypatch.setattr("serving.api.refusal._LINGER_S", 0.05)
-    app = BodyLimit(answer_ok, max_bytes=10, timeout_s=0.1)
+    app = BodyLimit(answer_ok, max_bytes=10, max_total_bytes=15, timeout_s=0.1)
 
     async def scenario(address, server):
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\n" + declares + b"\r\n\r\n"
         answer = await asyncio.to_thread(exchange, address, head)
         assert (answer.status, answer.error["code"]) == (408, "request_timeout")
+
+    run(scenario, app=app)
+
+
+def test_bodies_that_are_withheld_are_bounded_in_sum(monkeypatch):
+    monkeypatch.setattr("serving.api.refusal._LINGER_S", 0.05)
+    app = BodyLimit(answer_ok, max_bytes=10, max_total_bytes=15, timeout_s=0.3)
+
+    async def scenario(address, server):
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+        first, second = await asyncio.gather(
+            *(asyncio.to_thread(exchange, address, head + b"12345678") for _ in range(2))
+        )
+        assert sorted([first.status, second.status]) == [408, 503]
+        refused = first if first.status == 503 else second
+        assert refused.error["code"] == "queue_full"
+        whole = await asyncio.to_thread(exchange, address, head + b"123456789")
+        assert whole.status == 200, "what was given up counts no more"
 
     run(scenario, app=app)
 
