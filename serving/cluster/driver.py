@@ -308,9 +308,13 @@ class ClusterDriver:
         self._metrics.finished(event.num_preemptions)
         stream = self._streams.get(event.request_id)
         if event.reason is FinishReason.ERROR:
-            failed = {"request_id": event.request_id, "cause": event.error}
-            logs.event(log, logging.ERROR, "a request failed in the model", **failed)
-            self._fail(event.request_id, GenerationFailed(event.error))
+            name = event.request_id
+            logs.event(
+                log, logging.ERROR, "a request failed in the model", request_id=name, cause=event.error
+            )
+            if event.detail:
+                logs.event(log, logging.DEBUG, "it raised", request_id=name, detail=event.detail)
+            self._fail(name, GenerationFailed())
         elif stream is not None:
             self._end(stream, event.reason)
         self._handle(Ended(event.request_id))
