@@ -309,10 +309,10 @@ class ClusterDriver:
         self._metrics.finished(event.num_preemptions)
         stream = self._streams.get(event.request_id)
         if event.reason is FinishReason.ERROR:
-            failed = {"request_id": event.request_id, "cause": event.error}
-            logs.event(log, logging.ERROR, "a request failed in the model", **failed)
-            if event.detail:
-                logs.event(log, logging.DEBUG, "it was here", trace=event.detail)
+            failed = {"request_id": event.request_id}
+            words = "a request failed in the model"
+            logs.event(log, logging.ERROR, words, **failed, cause=event.error)
+            logs.event(log, logging.DEBUG, "it failed here", **failed, trace=event.detail or None)
             self._fail(event.request_id, GenerationFailed())
         elif stream is not None:
             self._end(stream, event.reason)
