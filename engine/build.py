@@ -16,7 +16,7 @@ from engine import machine
 from engine.batch import PersistentBatch
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.core import EngineCore, StepScheduler
-from engine.decision_log import RecordingScheduler
+from engine.decision_log import RecordingScheduler, new_log
 from engine.executor import Executor
 from engine.fake import ChecksumExecutor
 from engine.messages import Ready, Report
@@ -85,10 +85,7 @@ def _scheduler(config: EngineConfig, ready: Ready) -> StepScheduler:
     if config.decision_log is None:
         return InstanceScheduler(settings, ready.geometry)
     try:
-        # Unbuffered: what a killed process decided is what its log is read for.
-        # Never over an old one: it may be the log of the crash that is to be understood.
-        file = config.decision_log.open("xb", buffering=0)
-        return RecordingScheduler(settings, ready.geometry, file)
+        return RecordingScheduler(settings, ready.geometry, new_log(config.decision_log))
     except OSError as error:
         raise CannotStart(
             f"the decision log {config.decision_log} cannot be written: {error.strerror}",

@@ -7,13 +7,13 @@ own and is the only one to touch both.
 from __future__ import annotations
 
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from engine.executor import Executor
+from engine.faults import cause_of, detail_of
 from engine.messages import (
     Abort,
     Command,
@@ -86,7 +86,7 @@ class EngineCore:
             while not self._stopping:
                 self.turn()
         except Exception as error:
-            self._emit(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
+            self._emit(Failed(cause_of(error), detail_of(error)))
             raise
         finally:
             self._executor.close()

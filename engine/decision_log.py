@@ -2,12 +2,13 @@
 
 A line is what the scheduler was asked, with the time, and what it answered. As the scheduler is
 pure, `replay` asks a fresh one the same and compares the answers byte for byte: a trace from
-production is a test.
+production is a test. The prompts of requests are in it, as token ids.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -67,6 +68,15 @@ class Completed(_Line, frozen=True):
 _Entry = Begun | Added | Aborted | Planned | Completed
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[_Entry] = msgspec.json.Decoder(_Entry)
+
+
+def new_log(path: Path) -> BinaryIO:
+    """Return a new file that only its owner may read. Raises OSError, also if there is one.
+
+    Never over an old one: it may be the log of the crash that is to be understood. Unbuffered: what
+    a killed process decided is what its log is read for.
+    """
+    return open(path, "xb", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600))
 
 
 class RecordingScheduler:

@@ -8,18 +8,16 @@ slots.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from engine.batch import ForwardBatch, PersistentBatch
+from engine.faults import cause_of, detail_of
 from scheduler.instance.plan import Failure, SampledToken, StepPlan, StepResult
 from scheduler.request import InvariantError
 from scheduler.types import PromptLogprobs, RequestId
-
-log = logging.getLogger(__name__)
 
 # Nobody's request: the engine itself is broken, or the machine has no memory left.
 UNRECOVERABLE = (InvariantError, MemoryError)
@@ -112,8 +110,7 @@ def run_isolated(
             rows_R = suspects  # all others are computed: this one's own run decides
             continue
         failed = request_ids[int(suspects[0])]
-        log.warning("request %s failed in the forward pass: %r", failed, error)
-        results.failures.append(Failure(failed, f"{type(error).__name__}: {error}"))
+        results.failures.append(Failure(failed, cause_of(error), detail_of(error)))
         rows_R = np.sort(np.concatenate(left)) if left else rows_R[:0]
     if request_ids and len(results.failures) == len(request_ids):
         canary()

@@ -90,8 +90,8 @@ class Inspected(_Message, frozen=True):
 class Failed(_Message, frozen=True):
     """The instance ended for a reason it cannot mend; all its requests are lost."""
 
-    cause: str  # one line
-    trace: str = ""  # where it was, for those who look for the fault; of no fixed form
+    cause: str  # one line, that quotes no request
+    trace: str = ""  # all that is known, for the log at debug: it may quote one
 
 
 Report = StepEvents | Inspected | Ready | Failed

@@ -137,7 +137,8 @@ class FinishedEvent(NamedTuple):
     request_id: RequestId
     reason: FinishReason
     num_preemptions: int = 0
-    error: str = ""  # what went wrong, for FinishReason.ERROR
+    error: str = ""  # what went wrong, for FinishReason.ERROR; it quotes no request
+    detail: str = ""  # more of it, which may
 
 
 class RejectedEvent(NamedTuple):

@@ -69,7 +69,8 @@ class ServeFlags:
     fake
         Serve the checksum executor instead of a model: no torch, step times from a cost table.
     decision_log
-        File for every decision of the scheduler; `hocket replay FILE` makes them again.
+        File for every decision of the scheduler; `hocket replay FILE` makes them again. It holds
+        the prompts as token ids, and only its owner may read it.
     log_json
         Log JSON, an object a line, instead of words.
     log_level

@@ -185,15 +185,16 @@ class Unavailable(RetryLater):
 
 
 class GenerationFailed(RequestError):
-    """The model could not compute this request; those beside it go on."""
+    """The model could not compute this request; those beside it go on.
+
+    Why is for the log: what a model raises may quote requests, and names the machine's files.
+    """
 
     status = 500
     default_code = "generation_failed"
-    _max_cause_chars: ClassVar[int] = 300
 
-    def __init__(self, cause: str) -> None:
-        why = cause[: self._max_cause_chars] or "no cause was given"
-        super().__init__(f"this request failed in the model: {why}")
+    def __init__(self) -> None:
+        super().__init__("the model failed on this request; the server's log says why")
 
     def headers(self) -> dict[str, str]:
         """Tell OpenAI's clients, which retry every 500, that this one would fail again."""

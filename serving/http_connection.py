@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import secrets
 import sys
 from typing import Any, ClassVar
 
@@ -120,6 +121,7 @@ class Connection(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = msgspec.json.encode(error.body())
             headers = error.headers() | {
+                "x-request-id": secrets.token_hex(16),
                 "content-type": "application/json",
                 "content-length": str(len(body)),
                 "connection": "close",

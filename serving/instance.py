@@ -14,16 +14,16 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from threading import Thread
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
 from engine import messages
+from engine.faults import cause_of, detail_of
 from engine.messages import Failed, PhaseAdvanced, PhaseBegun, Ready, Report
 from engine.models.errors import ModelFormatError
 from engine.startup import CannotStart, StartupTimes
@@ -42,7 +42,6 @@ Build = Callable[
 DUMP_SIGNAL = signal.SIGUSR2  # write where every thread is to stderr, and go on
 _PR_SET_PDEATHSIG = 1
 _MIN_ADVANCE_S = 0.05  # between reports of how far a phase is: nobody reads them faster
-_MAX_TRACE_CHARS = 8000
 
 
 def main(build: Build | None = None) -> NoReturn:
@@ -51,6 +50,7 @@ def main(build: Build | None = None) -> NoReturn:
     An interpreter that ends in order waits for threads, and a device that hangs would hold it up.
     """
     _outlive_signals_but_not_the_parent()
+    _show_no_messages_of_exceptions()
     parser = argparse.ArgumentParser(prog="python -P -m serving.instance")
     parser.add_argument("--fd", type=int, required=True, help="of the socket to the driver")
     connection = FrameConnection(socket.socket(fileno=parser.parse_args().fd))
@@ -68,7 +68,7 @@ def run(connection: FrameConnection, build: Build | None = None) -> int:
         return 0
     config = wire.decode_begin(begin).config
     built: Future[EngineCore] = Future()
-    Thread(target=_read, args=(payloads, built), name="reader", daemon=True).start()
+    threading.Thread(target=_read, args=(payloads, built), name="reader", daemon=True).start()
 
     def emit(report: Report) -> None:
         connection.send(wire.encode(report))
@@ -81,7 +81,7 @@ def run(connection: FrameConnection, build: Build | None = None) -> int:
         connection.send(wire.encode(messages.CannotStart(error.cause, error.remedy)))
         return 1
     except Exception as error:  # noqa: BLE001 (the driver is told)
-        emit(Failed(_cause(error), traceback.format_exc()[-_MAX_TRACE_CHARS:]))
+        emit(Failed(cause_of(error, message=True), detail_of(error)))
         return 1
     emit(msgspec.structs.replace(ready, startup_s=times.seconds))
     built.set_result(core)
@@ -107,7 +107,7 @@ def _read(payloads: Iterator[bytes], built: Future[EngineCore]) -> None:
             command = wire.decode_command(payload)
             built.result().inbox.put(command)
     except (OSError, FrameError, msgspec.DecodeError) as error:
-        print(f"the connection to the driver failed: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        _say("the connection to the driver failed", error)
         os._exit(1)
     os._exit(0)
 
@@ -129,6 +129,18 @@ class _SentProgress:
             self._connection.send(wire.encode(PhaseAdvanced(done)))
 
 
+def _show_no_messages_of_exceptions() -> None:
+    """What is printed goes to the log at every level, and a message may quote a request."""
+    sys.excepthook = lambda _, error, __: _say("uncaught", error)
+    threading.excepthook = lambda ended: _say("uncaught in a thread", ended.exc_value)
+    sys.unraisablehook = lambda ended: _say("ignored", ended.exc_value)
+
+
+def _say(what: str, error: BaseException | None) -> None:
+    where = "no exception" if error is None else cause_of(error)
+    print(f"{what}: {where}", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def _outlive_signals_but_not_the_parent() -> None:
     """Ctrl-C, and SIGTERM to a whole group, reach this process too: the driver decides.
 
@@ -140,13 +152,6 @@ def _outlive_signals_but_not_the_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     faulthandler.enable()  # a crash in native code says where
     faulthandler.register(DUMP_SIGNAL, all_threads=True)
-
-
-def _cause(error: BaseException) -> str:
-    """Return what happened and where, in one line."""
-    what = f"{type(error).__name__}: {error}".replace("\n", " ")
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{what} ({frames[-1].filename}:{frames[-1].lineno})" if frames else what
 
 
 if __name__ == "__main__":

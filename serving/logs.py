@@ -32,6 +32,11 @@ def event(logger: logging.Logger, level: int, message: str, **fields: object) ->
         logger.log(level, message, extra={_FIELDS: known})
 
 
+def failure(logger: logging.Logger, message: str, error: BaseException, **fields: object) -> None:
+    """Log an event that is somebody's fault, with what was raised and where."""
+    logger.error(message, exc_info=error, extra={_FIELDS: fields})
+
+
 def configure(*, as_json: bool, level: Level, stream: TextIO | None = None) -> None:
     """Send the log of this process to `stream` (stderr), and to nowhere else."""
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)

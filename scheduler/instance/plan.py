@@ -79,7 +79,8 @@ class Failure(NamedTuple):
     """A request whose computation failed; the rest of the step did not."""
 
     request_id: RequestId
-    cause: str
+    cause: str  # one line, that quotes no request
+    detail: str = ""  # for the log at debug: it may quote one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

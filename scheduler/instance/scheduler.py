@@ -219,11 +219,12 @@ class InstanceScheduler:
         request = self._queues.requests.get(failure.request_id)
         if request is not None and step_id >= request.born_step_id:
             self._num_failures += 1
-            events.append(self._finish(request, FinishReason.ERROR, failure.cause))
+            finished = self._finish(request, FinishReason.ERROR)
+            events.append(finished._replace(error=failure.cause, detail=failure.detail))
 
-    def _finish(self, request: Request, reason: FinishReason, error: str = "") -> FinishedEvent:
+    def _finish(self, request: Request, reason: FinishReason) -> FinishedEvent:
         self._queues.finish(request, reason)
-        return FinishedEvent(request.request_id, reason, request.num_preemptions, error)
+        return FinishedEvent(request.request_id, reason, request.num_preemptions)
 
 
 def _announce(request: Request, events: list[RequestEvent]) -> None:

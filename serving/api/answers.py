@@ -134,7 +134,9 @@ async def _chunks(
             whole["usage"] = usage(body, group)
         yield whole
     if body.wants_usage() or body.return_metrics:
-        last = head | {"choices": [], "usage": usage(body, group)}
+        last = head | {"choices": []}
+        if body.wants_usage():
+            last["usage"] = usage(body, group)
         if body.return_metrics:
             last["metrics"] = timings(group.streams[0].times)
         yield last

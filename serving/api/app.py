@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, FastAPI, Request
@@ -18,17 +17,16 @@ from serving.api.access import Access
 from serving.api.answers import ClientGone
 from serving.api.auth import Authenticate
 from serving.api.body_limit import BodyLimit
+from serving.api.faults import Faults
 from serving.api.gate import Gate
-from serving.api.headers import HeaderLimits
+from serving.api.headers import HeaderLimits, PlainPaths
 from serving.api.request_id import RequestIds
 from serving.api.responses import json_response
 from serving.api.service import Service
 from serving.api.turns import Turns
 from serving.api.version import VERSION
-from serving.errors import InvalidRequest, RequestError, internal_error
+from serving.errors import InvalidRequest, RequestError
 from serving.ports import PortRules
-
-log = logging.getLogger(__name__)
 
 # Echoed input is cut: a small body must not make a large answer.
 _MAX_ERRORS = 5
@@ -73,8 +71,10 @@ def bare_app(
         middleware=[
             Middleware(Access, observe=service.metrics.http_answered),
             Middleware(RequestIds),
+            Middleware(Faults),
             Middleware(HeaderLimits),
             Middleware(Authenticate, rules=rules),
+            Middleware(PlainPaths),
             Middleware(
                 BodyLimit,
                 max_bytes=config.max_body_bytes,
@@ -90,7 +90,6 @@ def bare_app(
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
-    app.add_exception_handler(Exception, _internal_error)
     return app
 
 
@@ -139,9 +138,3 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 async def _client_gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; the code is nginx's for this case
-
-
-async def _internal_error(_: Request, error: Exception) -> Response:
-    log.error("a request failed inside the server", exc_info=error)
-    refusal = internal_error()
-    return json_response(refusal.body(), refusal.status)

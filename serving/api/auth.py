@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.api.headers import is_plain
 from serving.api.refusal import refuse
 from serving.errors import HostNotAllowed, RequestError, Unauthorized
 from serving.keys import DEFAULT_TENANT
@@ -98,7 +99,7 @@ def _open_to_all(scope: Scope) -> bool:
 
     The routes are walked as the router walks them, so the answer is about the one that will serve.
     """
-    if not is_local_address((scope.get("server") or ("",))[0]):
+    if not is_local_address((scope.get("server") or ("",))[0]) or not is_plain(scope["path"]):
         return False
     for route in scope["app"].routes:
         if route.matches(scope)[0] is Match.FULL:

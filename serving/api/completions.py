@@ -59,6 +59,7 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[list[Prompt], S
         service.codec,
         max_num_prompts=service.config.max_num_prompts,
         max_model_len=service.ready.max_model_len,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
     )
     return prompts, sampling_params(body, service.codec)
 

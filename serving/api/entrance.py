@@ -10,6 +10,7 @@ import time
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.api.refusal import refuse
+from serving.api.request_id import RequestIds
 from serving.api.watch import Clock
 from serving.errors import Unavailable
 from serving.telemetry.table import LOADING
@@ -23,15 +24,16 @@ class Entrance:
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         self._began_at_s = clock()
-        self._app: ASGIApp | None = None
+        self._app: ASGIApp = RequestIds(self._still_loading)
 
     def open(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._app is not None:
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
+        await self._app(scope, receive, send)
+
+    async def _still_loading(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
             # Nobody knows how long it takes: as long again as it has so far is never far off.
             so_far_s = self._clock() - self._began_at_s
             error = Unavailable(

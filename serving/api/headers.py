@@ -8,7 +8,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.api.refusal import refuse
-from serving.errors import HeadersTooLarge, InvalidRequest, RequestError, UnsupportedMedia
+from serving.errors import (
+    HeadersTooLarge,
+    InvalidRequest,
+    NotFound,
+    RequestError,
+    UnsupportedMedia,
+)
 
 MAX_FIELDS = 100
 MAX_BYTES = 64 << 10  # of names and values together, and of the target
@@ -29,6 +35,28 @@ class HeaderLimits:
                 await refuse(error, scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+class PlainPaths:
+    """ASGI middleware: what no route is called gets 404 here, whatever a pattern makes of it.
+
+    A `$` also matches before a newline at the end. It comes after the keys: to who has none, all
+    paths are alike.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_plain(scope["path"]):
+            await refuse(NotFound("Not Found", code="not_found"), scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def is_plain(path: str) -> bool:
+    """Whether a decoded path has no control character, as those of all routes."""
+    return _CONTROL.search(path.encode()) is None and "\t" not in path
 
 
 def _problem(scope: Scope) -> RequestError | None:

@@ -118,9 +118,11 @@ def _check_depth(outside_strings: bytes) -> None:
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise InvalidRequest(f"the name {twice[:40]!r} comes twice in one object")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise InvalidRequest(f"the name {name[:40]!r} comes twice in one object")
+            seen.add(name)
     return value
 
 

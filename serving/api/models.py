@@ -46,12 +46,14 @@ def router(service: Service) -> APIRouter:
             )
         return json_response(card())
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", responses=EMPTY, response_class=Response)
     @public
     async def health() -> Response:
         """Return 200 while an instance is up: also when draining or full, which is no illness."""
         return alive(service)
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready", responses={503: {"model": Status}, **answered_with(Status)})
     @public
     async def ready() -> Response:
@@ -61,11 +63,13 @@ def router(service: Service) -> APIRouter:
         status = "draining" if service.driver.draining else "no instance"
         return json_response({"status": status}, 503, _later(service))
 
+    @routes.head("/metrics", include_in_schema=False)
     @routes.get("/metrics", response_class=PlainTextResponse)
     @public
     async def metrics() -> Response:
         return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
+    @routes.head("/metrics/vllm", include_in_schema=False)
     @routes.get("/metrics/vllm")
     @public
     async def metrics_vllm() -> Response:

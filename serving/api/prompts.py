@@ -24,6 +24,10 @@ def chat_ids(
     template: ChatTemplate | None, codec: TextCodec, body: ChatPrompt, *, add_special_tokens: bool
 ) -> list[int]:
     """Render and tokenize. What a message says is text, control tokens are the template's."""
+    for number, message in enumerate(body.messages):
+        if message.role == "tool" and not message.tool_call_id:
+            where = f"messages.{number}.tool_call_id"
+            raise InvalidRequest(f"{where}: a tool message names its call", param=where)
     if template is None:
         raise InvalidRequest("this model has no chat template; use /v1/completions")
     continues = bool(body.continue_final_message)
@@ -45,7 +49,12 @@ def chat_ids(
 
 
 def completion_prompts(
-    body: CompletionRequest, codec: TextCodec, *, max_num_prompts: int, max_model_len: int
+    body: CompletionRequest,
+    codec: TextCodec,
+    *,
+    max_num_prompts: int,
+    max_model_len: int,
+    default_max_tokens: int,
 ) -> list[Prompt]:
     """Tokenize each prompt. Raw text is the model's own language, its special tokens included."""
     given = body.prompts()
@@ -59,7 +68,7 @@ def completion_prompts(
         else:
             check_ids(prompt, codec, "prompt")
             whole = prompt
-        token_ids = truncated(whole, body, max_model_len)
+        token_ids = truncated(whole, body, max_model_len, default_max_tokens)
         text = ""
         if body.echo:
             untouched = isinstance(prompt, str) and len(token_ids) == len(whole)
@@ -73,8 +82,14 @@ def completion_prompts(
     return prompts
 
 
-def truncated(token_ids: list[int], body: Body, max_model_len: int) -> list[int]:
-    """Return the last of them, as many as `truncate_prompt_tokens` says; -1 is all that fit."""
+def truncated(
+    token_ids: list[int], body: Body, max_model_len: int, default_max_tokens: int = 1
+) -> list[int]:
+    """Return the last of them, as many as `truncate_prompt_tokens` says.
+
+    -1 is all that leave room for `max_tokens`; one that no prompt could leave is no wish for room,
+    and what is left is what the answer gets, as without truncation.
+    """
     limit = body.truncate_prompt_tokens
     if limit is None:
         return token_ids
@@ -84,5 +99,7 @@ def truncated(token_ids: list[int], body: Body, max_model_len: int) -> list[int]
             param="truncate_prompt_tokens",
         )
     if limit == -1:
-        limit = max_model_len - max(1, body.asked_max_tokens() or 1)
+        asked = body.asked_max_tokens()
+        room = max(1, default_max_tokens if asked is None else asked)
+        limit = max_model_len - (room if room < max_model_len else 1)
     return token_ids[len(token_ids) - limit :] if limit < len(token_ids) else token_ids

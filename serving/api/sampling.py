@@ -22,6 +22,11 @@ def sampling_params(body: Body, codec: TextCodec) -> SamplingParams:
         stop_token_ids.update(codec.eos_token_ids)
     allowed = sorted(set(body.allowed_token_ids or ()))
     check_ids(allowed, codec, "allowed_token_ids")
+    banned = _bad_token_ids(body.bad_words or (), codec)
+    if allowed and all((token_id,) in banned for token_id in allowed):
+        raise InvalidRequest(
+            "bad_words forbids every token of allowed_token_ids: nothing is left", param="bad_words"
+        )
     return SamplingParams(
         max_tokens=1,
         temperature=_or(body.temperature, 1.0),
@@ -35,7 +40,7 @@ def sampling_params(body: Body, codec: TextCodec) -> SamplingParams:
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias=_logit_bias(body.logit_bias or {}, codec),
         allowed_token_ids=tuple(allowed),
-        bad_token_ids=_bad_token_ids(body.bad_words or (), codec),
+        bad_token_ids=banned,
         logprobs=body.num_logprobs(),
         prompt_logprobs=_num_prompt_logprobs(body),
     )

@@ -6,9 +6,10 @@ Null means default everywhere, as many clients send it. What is in no schema, `k
 from __future__ import annotations
 
 import json
+from itertools import chain
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from scheduler.types import MAX_SEED
 
@@ -19,6 +20,8 @@ MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 128
 MAX_SALT_CHARS = 256
+MAX_TEMPLATE_VALUES = 32
+MAX_TEMPLATE_VALUE_CHARS = 256
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_TIMEOUT_S = 86_400
@@ -32,12 +35,44 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
-TemplateValue = bool | int | float | Annotated[str, Field(max_length=256)] | None
+
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
+def _short(most: int) -> BeforeValidator:
+    """Check the length of an object before its values, each of which may be an error."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"must have at most {most} entries")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _checked_template_value(value: Any) -> Any:
+    """Raise ValueError for what is no plain value: one error, where a union has one a branch."""
+    if isinstance(value, str) and len(value) > MAX_TEMPLATE_VALUE_CHARS:
+        raise ValueError(f"must have at most {MAX_TEMPLATE_VALUE_CHARS} characters")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError("must be a text, a number, true, false or null")
+
+
+LogitBiases = Annotated[
+    dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES), _short(MAX_LOGIT_BIASES)
+]
+PlainValue = bool | int | float | str | None
+TemplateValue = Annotated[
+    PlainValue, PlainValidator(_checked_template_value, json_schema_input_type=PlainValue)
+]
+TemplateValues = Annotated[
+    dict[str, TemplateValue], Field(max_length=MAX_TEMPLATE_VALUES), _short(MAX_TEMPLATE_VALUES)
+]
+
+
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -61,7 +96,7 @@ class _Generation(BaseModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
+    logit_bias: LogitBiases | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -110,7 +145,7 @@ def _checked_prompt(value: Any) -> Any:
     """
     kinds = set(map(type, value)) if isinstance(value, list) else {type(value)}
     if kinds == {list}:
-        kinds = set().union(*(map(type, ids) for ids in value))
+        kinds = set(map(type, chain.from_iterable(value)))
         if kinds <= {int}:
             return value
     elif kinds == {str} or (isinstance(value, list) and kinds <= {int}):
@@ -149,7 +184,7 @@ class CompletionRequest(_Generation):
 
 
 class ContentPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     type: Literal["text"]
     text: str
@@ -196,7 +231,6 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-TemplateValues = Annotated[dict[str, TemplateValue], Field(max_length=32)]
 
 
 class ChatPrompt(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
@@ -15,7 +15,7 @@ from engine.messages import Ready
 from scheduler.types import MAX_SEED, RequestId, RequestSpec, SamplingParams
 from serving.admission import Admission
 from serving.api.gate import Pass
-from serving.api.known_fields import UnknownFields, unknown_fields, unsupported_field
+from serving.api.known_fields import AnyBody, UnknownFields, unsupported_field
 from serving.api.open_answer import OpenAnswer
 from serving.api.sampling import Body
 from serving.api.schemas import ChatRequest
@@ -56,7 +56,7 @@ class Service:
 
     def check(self, body: Body) -> None:
         """Raise RequestError for what can be refused without looking at the prompt."""
-        self.check_names(body.model, body.model_extra)
+        self.check_names(body)
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream: true", param="stream_options")
         if body.best_of not in (None, 1, body.n):
@@ -81,20 +81,20 @@ class Service:
                 "max_tokens must be at least 1, or 0 with echo: true", param="max_tokens"
             )
 
-    def check_names(self, model: str | None, extra: Mapping[str, Any] | None) -> None:
+    def check_names(self, body: AnyBody) -> None:
         """Judge the model's name and the fields that are in no schema. Raises RequestError."""
-        if model is not None and model != self.model_name:
+        if body.model is not None and body.model != self.model_name:
             raise NotFound(
-                f"The model {model[:200]!r} does not exist; this server has: {self.model_name}",
+                f"The model {body.model[:200]!r} does not exist; "
+                f"this server has: {self.model_name}",
                 param="model",
             )
-        name = unsupported_field(extra)
+        name = unsupported_field(body)
         if name is not None:
             raise InvalidRequest(
                 f"{name} is not supported by this server", param=name, code="unsupported_parameter"
             )
-        for name in unknown_fields(extra):
-            self.unknown_fields.take(name)
+        self.unknown_fields.take(body)
 
     def head(self, answer_id: str, kind: str) -> dict[str, Any]:
         """Return what every answer and every chunk of it begins with."""
@@ -152,6 +152,7 @@ class Service:
         shown = Shown(
             stop=bool(body.include_stop_str_in_output),
             special_tokens=body.skip_special_tokens is False,
+            nothing=body.echoes_only(),
         )
         entry.correct({spec.request_id: len(spec.prompt_token_ids) for spec in specs})
         return self.driver.submit(specs, body.stops(), shown, entry)

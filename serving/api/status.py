@@ -26,6 +26,7 @@ def router(service: Service) -> APIRouter:
         """Return how many requests have not ended, each choice counted."""
         return json_response({"server_load": service.driver.num_streams})
 
+    @routes.head("/ping", include_in_schema=False)
     @routes.get("/ping", responses=EMPTY, response_class=Response, operation_id="get_ping")
     @routes.post("/ping", responses=EMPTY, response_class=Response, operation_id="post_ping")
     @public

@@ -10,12 +10,15 @@ from starlette.responses import Response
 
 from serving.api.answer_schemas import Detokenized, Tokenized, TokenizerInfo, answered_with
 from serving.api.json_limits import JsonRoute
+from serving.api.known_fields import first_on
 from serving.api.prompts import chat_ids
 from serving.api.responses import json_response
 from serving.api.sampling import check_ids
 from serving.api.schemas import DetokenizeRequest, TokenizeRequest
 from serving.api.service import Service
 from serving.errors import InvalidRequest
+
+_OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
 def router(service: Service) -> APIRouter:
@@ -24,13 +27,13 @@ def router(service: Service) -> APIRouter:
     @routes.post("/tokenize", responses=answered_with(Tokenized))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Return the token ids of a prompt, or of messages as the model would see them."""
-        service.check_names(body.model, body.model_extra)
+        service.check_names(body)
         return json_response(await asyncio.to_thread(_tokenized, service, body))
 
     @routes.post("/detokenize", responses=answered_with(Detokenized))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Return the text of token ids, special tokens included."""
-        service.check_names(body.model, body.model_extra)
+        service.check_names(body)
         return json_response(await asyncio.to_thread(_detokenized, service, body))
 
     @routes.get("/tokenizer_info", responses=answered_with(TokenizerInfo))
@@ -55,6 +58,11 @@ def _tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if body.prompt is not None:
+        of_messages = first_on({name: getattr(body, name) for name in _OF_MESSAGES})
+        if of_messages is not None:
+            raise InvalidRequest(
+                f"{of_messages} needs messages: a prompt is tokenized as it is", param=of_messages
+            )
         adds = body.add_special_tokens is not False
         token_ids = codec.encode(body.prompt, add_special_tokens=adds)
     else:

@@ -312,11 +312,12 @@ class ClusterDriver:
         stream = self._streams.get(event.request_id)
         if stream is None:  # its client left while the step ran
             return
-        gap_s = stream.marks.token(now)
-        if gap_s is None:
-            self._metrics.first_token(stream.times)
-        else:
-            self._metrics.next_token(gap_s)
+        if stream.has_readers:
+            gap_s = stream.marks.token(now)
+            if gap_s is None:
+                self._metrics.first_token(stream.times)
+            else:
+                self._metrics.next_token(gap_s)
         if stream.deliver(event.output_index, event.token_id, event.logprobs):
             self._end(stream, FinishReason.STOP)
             self._handle(Cancelled(event.request_id, stream.num_tokens))
@@ -325,9 +326,11 @@ class ClusterDriver:
         self._metrics.finished(event.num_preemptions)
         stream = self._streams.get(event.request_id)
         if event.reason is FinishReason.ERROR:
-            failed = {"request_id": event.request_id, "cause": event.error}
-            logs.event(log, logging.ERROR, "a request failed in the model", **failed)
-            self._fail(event.request_id, GenerationFailed(event.error))
+            failed = {"request_id": event.request_id}
+            words = "a request failed in the model"
+            logs.event(log, logging.ERROR, words, **failed, cause=event.error)
+            logs.event(log, logging.DEBUG, "it failed here", **failed, trace=event.detail or None)
+            self._fail(event.request_id, GenerationFailed())
         elif stream is not None:
             self._end(stream, event.reason)
         self._handle(Ended(event.request_id))

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import signal
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
@@ -19,6 +18,7 @@ from typing import assert_never
 import msgspec
 
 from engine.config import EngineConfig
+from engine.faults import cause_of, detail_of
 from engine.messages import (
     CannotStart,
     Command,
@@ -145,10 +145,11 @@ class ProcessHandle:
                     return
                 self._on_message(wire.decode_any_report(payload))
         except (FrameError, msgspec.DecodeError) as error:
-            self._end(_End(f"it sent what is no message: {error}"))
+            what = str(error) if isinstance(error, FrameError) else cause_of(error)
+            self._end(_End(f"it sent what is no message: {what}", trace=detail_of(error)))
         except Exception as error:  # noqa: BLE001 (whoever took the report is at odds with it)
-            what = f"its report could not be handled: {type(error).__name__}: {error}"
-            self._end(_End(what, trace=traceback.format_exc()))
+            what = f"its report could not be handled: {cause_of(error)}"
+            self._end(_End(what, trace=detail_of(error)))
 
     def _on_message(self, message: Report | StartReport) -> None:
         assert self._started is not None

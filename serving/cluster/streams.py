@@ -87,6 +87,11 @@ class RequestStream:
         """Where its time went so far."""
         return self.marks.times()
 
+    @property
+    def has_readers(self) -> bool:
+        """Whether its tokens are for somebody: if not, nobody counts them."""
+        return not self._shown.nothing
+
     def take_prompt_logprobs(self, start: int, positions: Sequence[Logprobs]) -> None:
         """Keep those of prompt tokens `start` and on; a prompt computed again may repeat some."""
         num_known = len(self.prompt_logprobs) + 1

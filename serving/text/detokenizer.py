@@ -20,6 +20,7 @@ class Shown:
 
     stop: bool = False  # the stop string or stop token that ended it
     special_tokens: bool = False
+    nothing: bool = False  # the prompt alone was asked for; the one token computed is for nobody
 
 
 PLAIN_TEXT = Shown()

@@ -104,7 +104,7 @@ def run(script: ClientScript, envs: Path, peers: Path) -> dict[str, bool]:
                 [python, script.path, server.url, server.model, model],
                 env=env, timeout=_TIMEOUT_S, check=False,
             )  # fmt: skip
-        outcomes[name] = done.returncode == 0
+        outcomes[f"{script.path.stem} {name}"] = done.returncode == 0
     return outcomes
 
 
@@ -119,7 +119,7 @@ def main() -> None:
     for name in args.names or scripts:
         outcomes |= run(read_script(scripts[name]), args.envs, cache / "hocket-peers")
     for name, good in outcomes.items():
-        print(f"{name:>12} {'ok' if good else 'FAILED'}")
+        print(f"{name:>28} {'ok' if good else 'FAILED'}")
     sys.exit(0 if all(outcomes.values()) else 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.decision_log import RecordingScheduler, replay
+from engine.decision_log import RecordingScheduler, new_log, replay
 from engine.messages import Abort, Submit
 from engine.startup import CannotStart, StartupTimes
 from scheduler.instance.plan import StepResult
@@ -122,6 +123,12 @@ def test_a_log_is_never_written_over_an_older_one(tmp_path):
     with pytest.raises(CannotStart, match="cannot be written: File exists"):
         build_engine(config, StartupTimes(NoProgress()), lambda _: None)
     assert path.read_text() == "of the crash that is to be understood"
+
+
+def test_only_its_owner_may_read_a_log(tmp_path):
+    """It holds every prompt as token ids."""
+    with new_log(tmp_path / "log") as file:
+        assert os.fstat(file.fileno()).st_mode & 0o777 == 0o600
 
 
 def test_a_second_beginning_is_refused(tmp_path):

@@ -198,7 +198,8 @@ def test_a_model_that_fails_for_everybody_ends_the_instance(
         )
     with pytest.raises((ValueError, RuntimeError), match=error):
         core.run()
-    assert error in reports[-1].cause
+    assert error not in reports[-1].cause
+    assert error in reports[-1].trace
 
 
 @pytest.mark.realmodel

@@ -298,7 +298,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sorted(events[len(expected) :]) == sorted(started)
 
     def expected_events(self, step: Step) -> Iterator[RequestEvent]:
-        for name, cause in step.result.failures:
+        for name, cause, _ in step.result.failures:
             client = self.clients.get(name)
             if client is not None and step.result.step_id >= client.request.born_step_id:
                 del self.clients[name]

@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from serving.api.json_limits import JsonRoute
+from tests.serving.quoting_instance import BREAKS, FAILS, PRELUDE
 from tests.serving.raw import connect, request, send
 from tests.serving.servers import running_server
 from tests.serving.test_bad_requests import routes
@@ -83,6 +86,27 @@ def test_prompts_and_keys_are_seen_nowhere(tmp_path):
     for canary in CANARIES:
         for text in seen:
             assert canary not in text, text[:500]
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_what_a_model_raises_is_quoted_at_debug_only(level):
+    with running_server("--fake", "--log-level", level, prelude=PRELUDE) as server:
+        answers = []
+        for how, code in ((FAILS, "generation_failed"), (BREAKS, "instance_failed")):
+            body = json.dumps({"prompt": f"{PROMPT} {how}", "max_tokens": 3}).encode()
+            answer = send(server.url, request("POST", "/v1/completions", body))
+            assert (answer.status, answer.error["code"]) == (500, code)
+            answers.append(answer.body.decode())
+        server.process.terminate()
+        out, err = server.process.communicate(timeout=30)
+    for text in answers:
+        for told in (PROMPT, "ValueError", "InvariantError", ".py", "/"):
+            assert told not in text
+    for error in ("ValueError (", "InvariantError ("):
+        assert error in err, "the log says what it was"
+    assert err.count("quoting_instance.py:") >= 2, "and where"
+    assert PROMPT not in out
+    assert (PROMPT in err) == (level == "debug")
 
 
 def test_no_flag_takes_a_key():

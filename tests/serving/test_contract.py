@@ -66,6 +66,9 @@ def test_messages_are_tokenized_as_a_chat_would_see_them():
         ("/tokenize", {"prompt": "\ud800"}, "prompt"),
         ("/tokenize", {"prompt": "a", "chat_template": "x"}, "chat_template"),
         ("/tokenize", {"prompt": "a", "model": "other"}, "model"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message"),
+        ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
         ("/detokenize", {"tokens": [-1]}, "tokens.0"),
         ("/detokenize", {"tokens": [CODEC.vocab_size]}, "tokens"),
         ("/detokenize", {"tokens": "abc"}, "tokens"),
@@ -94,6 +97,16 @@ def test_monitors_and_clients_are_told_who_this_is():
         await server.handle.was_submitted.wait()
         assert (await server.get("/load")).json() == {"server_load": 3}
         await asked
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/ping", "/metrics", "/metrics/vllm"])
+def test_load_balancers_may_ask_with_head(path):
+    async def scenario(server):
+        get, head = await server.get(path), await server._call("HEAD", path, b"")
+        assert head.status == get.status == 200
+        assert head.headers.get("content-type") == get.headers.get("content-type")
 
     run(scenario)
 
@@ -161,6 +174,14 @@ def test_a_prompt_is_cut_from_the_left():
             assert answer["usage"]["prompt_tokens"] == len(kept)
         long = {"prompt": "ab" * 500, "max_tokens": 4, "truncate_prompt_tokens": -1}
         assert (await server.complete(**long)).json()["usage"]["total_tokens"] == MAX_MODEL_LEN
+        default = {"prompt": "ab" * 500, "max_tokens": None, "truncate_prompt_tokens": -1}
+        usage = (await server.complete(**default)).json()["usage"]
+        assert usage["prompt_tokens"] == MAX_MODEL_LEN - 16
+        for max_tokens in (MAX_MODEL_LEN, 10_000):  # no prompt leaves room for so many
+            body = {"max_tokens": max_tokens, "truncate_prompt_tokens": -1}
+            assert (await server.complete(**body)).json()["usage"]["prompt_tokens"] == 4
+            usage = (await server.complete(prompt="ab" * 500, **body)).json()["usage"]
+            assert usage["prompt_tokens"] == MAX_MODEL_LEN - 1
         message = [{"role": "user", "content": "ab" * 500}]
         cut = await server.chat(messages=message, truncate_prompt_tokens=10)
         assert cut.json()["usage"]["prompt_tokens"] == 10
@@ -210,9 +231,23 @@ def test_times_are_told_on_demand():
         assert answer.headers["server-timing"].startswith("queue;dur=500.0, prefill;dur=")
         *_, last = (await server.chat(return_metrics=True, stream=True)).events()
         assert last["metrics"].keys() == metrics.keys()
+        assert "usage" not in last, "nobody asked for it"
         plain = await server.complete()
         assert "metrics" not in plain.json()
         assert "server-timing" not in plain.headers
+
+    run(scenario)
+
+
+def test_the_token_that_an_echo_alone_computes_counts_for_nothing():
+    async def scenario(server):
+        await server.complete(prompt=["Hey", "Yo"], echo=True, max_tokens=0, logprobs=1)
+        assert server.metric("hocket_prompt_tokens_total") == 5
+        assert server.metric("hocket_generation_tokens_total") == 0
+        assert server.metric("hocket_request_generation_tokens_sum") == 0
+        assert server.metric('hocket_requests_total{model="m",outcome="length"}') == 2
+        await server.complete(max_tokens=1)
+        assert server.metric("hocket_generation_tokens_total") == 1
 
     run(scenario)
 
@@ -377,8 +412,9 @@ def test_bodies_must_be_declared_as_json(declared, status):
     async def scenario(server):
         headers = {} if declared is None else {"content-type": declared}
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
-            body = {"prompt": "x", "messages": [{"role": "user"}], "tokens": [1]}
-            body |= {"messages": None} if path == "/tokenize" else {}
+            chat = {"messages": [{"role": "user", "content": "x"}]}
+            body = chat if path == "/v1/chat/completions" else {"prompt": "x"}
+            body = {"tokens": [1]} if path == "/detokenize" else body
             answer = await server._call("POST", path, json.dumps(body).encode(), headers)
             assert answer.status == status, answer.text
             if status == 415:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
+from pydantic import ValidationError
 
+from serving.api.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from tests.serving.scripted import MAX_MODEL_LEN, Server, encode, says
+
+USER = {"role": "user", "content": "x"}
+MANY_LISTS: dict[str, object] = {str(number): [] for number in range(50)}
 
 
 def ask(calls, script=None, **settings):
@@ -136,6 +142,20 @@ def test_null_means_default():
         ({"suffix": "x"}, "suffix"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"repetition_detection": {"max_pattern_size": 4}}, "repetition_detection"),
+        ({"watermarking": True}, "watermarking"),
+        ({"return_token_offsets": True}, "return_token_offsets"),
+        ({"return_prompt_text": True}, "return_prompt_text"),
+        ({"mm_payload": {"images": ["x"]}}, "mm_payload"),
+        ({"regex": "a+"}, "regex"),
+        ({"ebnf": "root ::= x"}, "ebnf"),
+        ({"json_schema": "{}"}, "json_schema"),
+        ({"grammar": "root ::= x"}, "grammar"),
+        ({"stop_regex": ["a+"]}, "stop_regex"),
+        ({"no_stop_trim": True}, "no_stop_trim"),
+        ({"mirostat": 2}, "mirostat"),
+        ({"n_predict": 5}, "n_predict"),
+        ({"allowed_token_ids": encode("xy"), "bad_words": ["y", "x", "z"]}, "bad_words"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream_options": {"include_usage": "yes"}, "stream": True}, "stream_options"),
     ],
@@ -163,6 +183,9 @@ def test_a_bad_value_is_400_and_names_the_field(path, body, param):
         ("chat", {"logprobs": False, "top_logprobs": 1}, "top_logprobs"),
         ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ("chat", {"echo": True}, "echo"),
+        ("chat", {"prompt": "x"}, "prompt"),
+        ("completions", {"messages": [{"role": "user", "content": "x"}]}, "messages"),
+        ("completions", {"max_completion_tokens": 5}, "max_completion_tokens"),
     ],
 )
 def test_what_one_endpoint_refuses(path, body, param):
@@ -177,6 +200,129 @@ def check_refused(path, body, param):
     assert error["param"].split(".")[0] == param
     assert param in error["message"]
     assert len(answer.text) < 2000
+
+
+def test_what_is_banned_in_part_leaves_the_rest():
+    body = {"allowed_token_ids": encode("xy"), "bad_words": ["x", "yx"]}
+    (answer,), spec = ask([("completions", body)])
+    assert answer.status == 200, answer.text
+    assert spec.params.allowed_token_ids == tuple(sorted(encode("xy")))
+
+
+def test_how_an_answer_is_delivered_may_be_left_to_the_server():
+    (answer,), _ = ask([("chat", {"stream_interval": 5})])
+    assert answer.status == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (ChatRequest, {"messages": [USER], "chat_template_kwargs": MANY_LISTS}),
+        (TokenizeRequest, {"messages": [USER], "chat_template_kwargs": MANY_LISTS}),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {str(i): "x" for i in range(1025)}}),
+        (CompletionRequest, {"prompt": "x", "stop": [1] * 99}),
+        (CompletionRequest, {"prompt": "x", "stop_token_ids": ["x"] * 99}),
+        (CompletionRequest, {"prompt": "x", "bad_words": [1] * 99}),
+        (CompletionRequest, {"prompt": "x", "allowed_token_ids": ["x"] * 99}),
+        (CompletionRequest, {"prompt": [[1]] * 99 + ["x"]}),
+        (ChatRequest, {"messages": [1] * 99}),
+        (ChatRequest, {"messages": [USER | {"content": [1] * 99}]}),
+        (ChatRequest, {"messages": [USER | {"tool_calls": [1] * 99}]}),
+    ],
+)
+def test_a_container_makes_few_errors_however_much_is_in_it(model, body):
+    """They are made on the event loop, and every stream waits for it."""
+    with pytest.raises(ValidationError) as error:
+        model.model_validate(body)
+    assert error.value.error_count() <= 5
+
+
+# --- what is inside of messages ---
+
+
+def in_message(**fields):
+    return {"messages": [USER, USER | fields]}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        *(
+            (in_message(**{name: value}), f"messages.1.{name}")
+            for name, value in (
+                ("function_call", {"name": "f", "arguments": "{}"}),
+                ("audio", {"id": "a"}),
+                ("reasoning_content", "hm"),
+                ("reasoning", "hm"),
+                ("prefix", True),
+                ("partial", True),
+                ("refusal", "no"),
+                ("images", ["x"]),
+            )
+        ),
+        (
+            in_message(content=[{"type": "text", "text": "x", "image_url": {"url": "x"}}]),
+            "messages.1.content.0.image_url",
+        ),
+    ],
+)
+def test_a_field_of_a_message_that_would_change_the_conversation_is_refused(body, param):
+    async def scenario():
+        async with Server(says("a")) as server:
+            return await server.chat(**body), await server._post("/tokenize", body)
+
+    for answer in asyncio.run(scenario()):
+        error = answer.json()["error"]
+        assert (answer.status, error["code"]) == (400, "unsupported_parameter")
+        assert error["param"] == param
+
+
+def test_what_other_servers_put_into_messages_is_taken_back():
+    """As openai-python dumps an answer: with every field of its model, most of them null."""
+    nulls = ("refusal", "audio", "function_call", "tool_calls", "reasoning_content", "prefix")
+    dumped = {"role": "assistant", "content": "x", "annotations": []} | dict.fromkeys(nulls)
+    (answer,), _ = ask([("chat", {"messages": [USER, dumped, USER]})])
+    assert answer.status == 200, answer.text
+
+
+def test_fields_that_nobody_knows_are_counted_wherever_they_are(caplog):
+    async def scenario():
+        async with Server(says("a")) as server:
+            part = {"type": "text", "text": "x", "cache_control": {}, "in_part": 1}
+            messages = [USER | {"in_message": 1}, USER | {"content": [part]}] * 50
+            options = {"include_usag": True, "include_usage": True}
+            await server.chat(messages=messages, stream=True, stream_options=options)
+            await server._post("/tokenize", {"messages": messages})
+            return server.metrics.render().decode()
+
+    with caplog.at_level(logging.WARNING):
+        page = asyncio.run(scenario())
+    for name, count in (("in_message", 2.0), ("in_part", 2.0), ("include_usag", 1.0)):
+        assert f'hocket_unknown_fields_total{{field="{name}",model="m"}} {count}\n' in page
+    assert "cache_control" not in page
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3
+    assert "in_part of a content part," in " ".join(told)
+
+
+def test_one_body_counts_so_many_names_and_no_more():
+    async def scenario():
+        async with Server(says("a")) as server:
+            await server.complete(**{f"field_{number}": 1 for number in range(5000)})
+            return server.metric("hocket_unknown_fields_total")
+
+    assert asyncio.run(scenario()) == 64
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_a_tools_answer_names_its_call(path):
+    async def scenario():
+        async with Server(says("a")) as server:
+            return await server._post(path, {"messages": [USER, {"role": "tool", "content": "4"}]})
+
+    answer = asyncio.run(scenario())
+    assert answer.status == 400
+    assert answer.json()["error"]["param"] == "messages.1.tool_call_id"
 
 
 def test_priorities_need_the_policy_and_say_so():

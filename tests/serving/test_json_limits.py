@@ -52,6 +52,23 @@ def test_any_bytes_are_read_or_refused(body):
     assert json.loads(body) == value
 
 
+def test_a_name_that_comes_twice_is_found_in_one_pass():
+    class Name(str):
+        __slots__ = ()
+        num_compared = 0
+
+        def __eq__(self, other):
+            Name.num_compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    names = [Name(f"a{number}") for number in range(2000)]
+    with pytest.raises(InvalidRequest, match="'a1999' comes twice"):
+        json_limits._unique_names([(name, 1) for name in [*names, names[-1]]])
+    assert Name.num_compared < 10 * len(names)
+
+
 def test_only_the_seed_is_wide():
     assert parse_json(b'{"seed": 9223372036854775807}') == {"seed": 2**63 - 1}
     assert parse_json(b'{"n": 9007199254740992}') == {"n": 2**53}
