@@ -103,8 +103,8 @@ async def watch(duration_s: float) -> list[str]:
                     run = await load(url, folder, words, duration_s)
                     problems += compare(source, url, run, name, everything(run))
                     if words == LOADS["a request every half second"]:
-                        begin_s = run.start_unix_s + RATE_INTERVAL_S
-                        problems += check_panels(source, begin_s, begin_s + run.duration_s)
+                        begin_s, end_s = run.start_unix_s, run.start_unix_s + run.duration_s
+                        problems += check_panels(source, begin_s + RATE_INTERVAL_S, end_s)
                 burst = await load(url, folder, BURST, BURST_S)
                 problems += compare(source, url, burst, "a burst, refused in part", counts(burst))
                 if all(record.ok for record in burst.records):
