@@ -203,7 +203,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back():
                 json.dumps(LONG),
                 {"Content-Type": "application/json"},
             )
-        wait_until(lambda: metric(server, "hocket_requests_waiting") == 1)
+        wait_until(lambda: metric(server, "hocket_requests_waiting{") == 1)
         response, payload = call(server, "POST", "/v1/completions", LONG)
         assert response.status == 503
         assert json.loads(payload)["error"]["code"] == "queue_full"

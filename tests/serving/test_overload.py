@@ -96,7 +96,7 @@ def test_whoever_waited_too_long_is_refused_and_what_runs_goes_on():
             assert response.headers["x-should-retry"] == "true"
             connection.close()
         assert metric(server, "hocket_requests_running") == 1
-        wait_until(lambda: metric(server, "hocket_requests_waiting") == 0)
+        wait_until(lambda: metric(server, "hocket_requests_waiting{") == 0)
         assert refusals(server) == {"queue_timeout": 2}
         assert (
             metric(

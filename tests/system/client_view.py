@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loadgen.types import Run
+from loadgen.types import Record, Run
 from serving.telemetry.panels import INSTANCE_LEGEND
 
 OUTCOMES = ("stop", "length", "abort", "error", "timeout", "rejected")
@@ -81,14 +81,18 @@ def everything(run: Run) -> Iterator[Known]:
     yield Total("Prompt tokens", "computed/s", num_prompt - num_cached)
     yield Value("Prefix hits", "Prefix hits", num_cached / num_prompt)
     for title, metric, samples in (
-        ("Time to first token", "time_to_first_token_seconds", [it.ttft_s for it in done]),
+        (
+            "Time to first token",
+            "time_to_first_token_seconds",
+            [it.ttft_s - _lag_s(it) for it in done],
+        ),
         (
             "Inter-token latency",
             "inter_token_latency_seconds",
             [gap_s for record in done for gap_s in record.gaps_s],
         ),
         ("Time per output token", "time_per_output_token_seconds", [it.tpot_s for it in done]),
-        ("End to end", "e2e_latency_seconds", [it.e2e_s for it in done]),
+        ("End to end", "e2e_latency_seconds", [it.e2e_s - _lag_s(it) for it in done]),
         ("Decode", "decode_time_seconds", [sum(it.gaps_s) for it in done]),
         (
             "Prompt tokens of a request",
@@ -106,3 +110,8 @@ def everything(run: Run) -> Iterator[Known]:
             # The sample in whose bucket Prometheus's quantile lies, if both saw the same.
             sample = np.percentile(samples, percent, method="inverted_cdf")
             yield Quantile(title, f"p{percent}", float(sample), metric)
+
+
+def _lag_s(record: Record) -> float:
+    """Return how late it was sent: the generator counts that, and no server can see it."""
+    return record.sent_at_s - record.intended_at_s
