@@ -5,8 +5,9 @@ A panel is named by its title and the legend of one of its queries.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,36 +81,35 @@ def everything(run: Run) -> Iterator[Known]:
     yield Total("Prompt tokens", "cached/s", num_cached)
     yield Total("Prompt tokens", "computed/s", num_prompt - num_cached)
     yield Value("Prefix hits", "Prefix hits", num_cached / num_prompt)
-    for title, metric, samples in (
-        (
-            "Time to first token",
-            "time_to_first_token_seconds",
-            [it.ttft_s - _lag_s(it) for it in done],
-        ),
-        (
-            "Inter-token latency",
-            "inter_token_latency_seconds",
-            [gap_s for record in done for gap_s in record.gaps_s],
-        ),
-        ("Time per output token", "time_per_output_token_seconds", [it.tpot_s for it in done]),
-        ("End to end", "e2e_latency_seconds", [it.e2e_s - _lag_s(it) for it in done]),
-        ("Decode", "decode_time_seconds", [sum(it.gaps_s) for it in done]),
-        (
-            "Prompt tokens of a request",
-            "request_prompt_tokens",
-            [it.num_prompt_tokens for it in done],
-        ),
-        (
-            "Generated tokens of a request",
-            "request_generation_tokens",
-            [it.num_output_tokens for it in done],
-        ),
-    ):
+    for (title, metric), samples in _samples(done).items():
         yield Value(title, "mean", float(np.mean(samples)))
         for percent in (50, 90, 99):
             # The sample in whose bucket Prometheus's quantile lies, if both saw the same.
             sample = np.percentile(samples, percent, method="inverted_cdf")
             yield Quantile(title, f"p{percent}", float(sample), metric)
+
+
+def _samples(done: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
+    """Return what was measured, by the panel and the metric behind it."""
+    return {
+        ("Time to first token", "time_to_first_token_seconds"): [
+            record.ttft_s - _lag_s(record) for record in done
+        ],
+        ("Inter-token latency", "inter_token_latency_seconds"): [
+            gap_s for record in done for gap_s in record.gaps_s
+        ],
+        ("Time per output token", "time_per_output_token_seconds"): [
+            record.tpot_s for record in done if record.tpot_s is not None
+        ],
+        ("End to end", "e2e_latency_seconds"): [record.e2e_s - _lag_s(record) for record in done],
+        ("Decode", "decode_time_seconds"): [math.fsum(record.gaps_s) for record in done],
+        ("Prompt tokens of a request", "request_prompt_tokens"): [
+            float(record.num_prompt_tokens) for record in done
+        ],
+        ("Generated tokens of a request", "request_generation_tokens"): [
+            float(record.num_output_tokens) for record in done
+        ],
+    }
 
 
 def _lag_s(record: Record) -> float:
