@@ -101,10 +101,13 @@ class EngineCore:
             self._scheduler.check_idle()
         events = self._take_commands(wait=idle)
         result: StepResult | None = None
+        plans_s: list[float] = []
         while len(self._in_flight) < self._depth:
-            plan = self._scheduler.plan_step(self._clock())
+            began_s = self._clock()
+            plan = self._scheduler.plan_step(began_s)
             if plan is None:
                 break
+            plans_s.append(self._clock() - began_s)
             self._executor.submit(plan)
             self._in_flight.append(plan)
         if self._in_flight:
@@ -114,7 +117,7 @@ class EngineCore:
         elif self._scheduler.has_work:
             raise InvariantError("requests are alive, but no step can be planned")
         if events or result is not None:
-            self._report(events, result.duration_s if result else 0.0)
+            self._report(events, result.duration_s if result else 0.0, plans_s)
 
     def _take_commands(self, *, wait: bool) -> list[RequestEvent]:
         events: list[RequestEvent] = []
@@ -140,7 +143,7 @@ class EngineCore:
         if event is not None:
             events.append(event)
 
-    def _report(self, events: list[RequestEvent], step_s: float) -> None:
+    def _report(self, events: list[RequestEvent], step_s: float, plans_s: list[float]) -> None:
         self._emit(
             StepEvents(
                 started=[event for event in events if isinstance(event, StartedEvent)],
@@ -150,5 +153,6 @@ class EngineCore:
                 rejected=[event for event in events if isinstance(event, RejectedEvent)],
                 view=self._scheduler.view(),
                 step_s=step_s,
+                plans_s=plans_s,
             )
         )

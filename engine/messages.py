@@ -67,6 +67,7 @@ class StepEvents(_Message, frozen=True):
     rejected: list[RejectedEvent]
     view: InstanceView
     step_s: float  # the executor's time for the step; 0 when none was completed
+    plans_s: list[float] = []  # the scheduler's time for each step that was planned
 
 
 class Ready(_Message, frozen=True):

@@ -42,6 +42,7 @@ class InstanceView:
     num_computed_tokens: int
     num_preemptions: int
     num_failures: int = 0
+    num_deferred: int = 0  # of those waiting, for a prefix that another request computes
     last_step: StepSize = _NO_STEP  # of those completed
     kv: KVCounters = KVCounters()
 

@@ -20,7 +20,7 @@ from serving.cluster.times import RequestTimes
 from serving.telemetry.page import CONTENT_TYPE as CONTENT_TYPE
 from serving.telemetry.page import Page
 from serving.telemetry.store import MetricStore
-from serving.telemetry.table import TABLE
+from serving.telemetry.table import TABLE, Endpoint
 
 _MAX_UNKNOWN_FIELDS = 50
 _OTHER = "other"
@@ -97,7 +97,10 @@ class Metrics:
     def instance_ready(self, instance_id: InstanceId, ready: Ready) -> None:
         """An instance serves from now on, with this memory and window; its counts start at 0."""
         self._views.pop(instance_id, None)
+        self._store.expire(instance_id)
+        self._store.appear(instance_id)
         self._store.number("instance_up", instance_id).set(1)
+        self._stamp(instance_id)
         geometry = ready.geometry
         self._store.number(
             "config_info",
@@ -108,32 +111,38 @@ class Metrics:
             str(geometry.num_blocks),
             str(geometry.num_tokens),
             str(ready.max_model_len),
+            str(geometry.num_tokens / ready.max_model_len),
         ).set(1)
-        for name in _VIEW_COUNTERS:
-            self._store.number(name, instance_id)
-        for name in ("requests_running", "requests_waiting", "kv_cache_usage_ratio"):
-            self._store.number(name, instance_id)
 
     def instance_down(self, instance_id: InstanceId) -> None:
         """An instance is gone, and all that it held; what it had counted stays counted."""
-        self._store.number("instance_up", instance_id).set(0)
-        for name in ("requests_running", "requests_waiting", "kv_cache_usage_ratio"):
-            self._store.number(name, instance_id).set(0)
-        for state in ("used", "cached", "claimed", "free"):
-            self._store.number("kv_blocks", instance_id, state).set(0)
+        self._store.expire(instance_id)
         self._views.pop(instance_id, None)
 
-    def step(self, instance_id: InstanceId, view: InstanceView, step_s: float) -> None:
+    def step(
+        self,
+        instance_id: InstanceId,
+        view: InstanceView,
+        step_s: float,
+        plans_s: Sequence[float] = (),
+    ) -> None:
         """An instance reports; `step_s` is 0 if no step was complete. Comes after its tokens."""
         store, before = self._store, self._views.get(instance_id)
         self._views[instance_id] = view
         store.number("requests_running", instance_id).set(view.num_running)
         store.number("requests_waiting", instance_id).set(view.num_waiting)
+        for reason, num_requests in (
+            ("capacity", view.num_waiting - view.num_deferred),
+            ("deferred", view.num_deferred),
+        ):
+            store.number("requests_waiting_by_reason", instance_id, reason).set(num_requests)
         store.number("kv_cache_usage_ratio", instance_id).set(view.kv_usage)
         self._blocks(instance_id, view)
         for name, count in _VIEW_COUNTERS.items():
             increase = count(view) - (count(before) if before else 0)
             store.number(name, instance_id).add(increase)
+        for plan_s in plans_s:
+            store.histogram("schedule_decision_seconds", instance_id).observe(plan_s)
         if view.num_steps > (before.num_steps if before else 0):
             self._completed(instance_id, view, step_s)
         if self._num_iteration_tokens:
@@ -160,11 +169,10 @@ class Metrics:
         store.number("prompt_tokens_cached").add(num_cached_tokens)
         store.number("prefix_cache_queries").add(num_prompt_tokens)
         store.number("prefix_cache_hits").add(num_cached_tokens)
-        self._num_iteration_tokens += num_prompt_tokens
 
-    def first_token(self, times: RequestTimes) -> None:
+    def first_token(self, spec: RequestSpec, times: RequestTimes) -> None:
         self._generation_tokens.add()
-        self._num_iteration_tokens += 1
+        self._num_iteration_tokens += len(spec.prompt_token_ids) + 1
         self._observe("time_to_first_token_seconds", times.ttft_s)
         self._observe("prefill_time_seconds", times.prefill_s)
 
@@ -173,13 +181,22 @@ class Metrics:
         self._num_iteration_tokens += 1
         self._itl.observe(gap_s)
 
+    def delivered(self, duration_s: float) -> None:
+        """The tokens of a report are text, and with their streams."""
+        self._observe("detokenize_seconds", duration_s)
+
     def ended(
-        self, outcome: str, spec: RequestSpec, num_cached_tokens: int, times: RequestTimes
+        self,
+        endpoint: Endpoint,
+        outcome: str,
+        spec: RequestSpec,
+        num_cached_tokens: int,
+        times: RequestTimes,
     ) -> None:
         """A request ended: stop, length, abort, error, timeout or rejected. Only the first two are
         served, and only those have a latency to speak of.
         """
-        self._store.number("requests", outcome).add()
+        self._store.number("requests", endpoint, outcome).add()
         if outcome not in _SERVED:
             return
         num_prompt_tokens = len(spec.prompt_token_ids)
@@ -200,7 +217,7 @@ class Metrics:
 
     def http_answered(self, route: str, status: int) -> None:
         """An answer is over; `route` is a template, never the path that was asked for."""
-        self._store.number("http_requests", route, f"{status // 100}xx").add()
+        self._store.number("http_requests", route, str(status)).add()
 
     def unknown_field(self, name: str) -> str:
         """A body had a field that the server does not know; return the name it is counted by.
@@ -234,8 +251,11 @@ class Metrics:
         store.histogram("step_seconds", instance_id).observe(step_s)
         store.histogram("step_tokens", instance_id).observe(size.num_tokens)
         store.histogram("batch_size", instance_id).observe(size.num_requests)
+        self._stamp(instance_id)
+
+    def _stamp(self, instance_id: InstanceId) -> None:
         now = time.time()  # noqa: TID251 (compared with Prometheus's own wall-clock time)
-        store.number("last_step_timestamp_seconds", instance_id).set(now)
+        self._store.number("last_step_timestamp_seconds", instance_id).set(now)
 
     def _blocks(self, instance_id: InstanceId, view: InstanceView) -> None:
         kv = view.kv

@@ -6,6 +6,8 @@ blocks that they lack are published, and proceed together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from scheduler.config import InstanceConfig
 from scheduler.kv.manager import Hit, KVManager
 from scheduler.kv.prefix import Key, next_key, next_keys, root_key
@@ -31,6 +33,15 @@ class RequestPrefixes:
         if request.waits_for is not None and request.waits_for not in self._computing:
             request.waits_for = None
         return request.waits_for is not None
+
+    def num_deferred(self, waiting: Sequence[Request]) -> int:
+        """Return how many of them wait for a prefix that another one computes."""
+        computing = self._computing
+        if not computing:
+            return 0
+        return sum(
+            request.waits_for is not None and request.waits_for in computing for request in waiting
+        )
 
     def find(self, request: Request) -> Hit | None:
         """Return what the request finds computed; None if it shall wait for more to be.

@@ -145,6 +145,7 @@ class InstanceScheduler:
             num_computed_tokens=self._planner.num_planned_tokens,
             num_preemptions=self._queues.num_preemptions,
             num_failures=self._num_failures,
+            num_deferred=self._prefixes.num_deferred(self._queues.waiting),
             last_step=self._last_step,
             kv=self._kv.counters(),
         )

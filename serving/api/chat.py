@@ -37,7 +37,7 @@ def router(service: Service) -> APIRouter:
             body,
             [token_ids],
             params,
-            request_id=ids.internal,
+            ids=ids,
             entry=pass_of(request),
             param="messages",
             default_max_tokens=None,

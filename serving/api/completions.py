@@ -41,7 +41,7 @@ def router(service: Service) -> APIRouter:
             body,
             [prompt.token_ids for prompt in prompts],
             params,
-            request_id=ids.internal,
+            ids=ids,
             entry=pass_of(request),
             param="prompt",
             default_max_tokens=DEFAULT_MAX_TOKENS,

@@ -45,10 +45,12 @@ class RequestIds:
 class TakenIds(NamedTuple):
     internal: str  # 128 random bits, so that two clients' equal ids never meet
     shown: str  # the client's own if it gave one, in the header or in the body
+    arrived_at_s: float  # of time.monotonic(), when the head of the HTTP request was there
 
 
 def take_request_id(request: Request, given: str | None) -> TakenIds:
     """Return the ids of a request; one given in the body wins, and goes into the header too."""
     if given is not None:
         request.state.shown_request_id = given
-    return TakenIds(request.state.request_id, request.state.shown_request_id)
+    state = request.state
+    return TakenIds(state.request_id, state.shown_request_id, state.arrived_at_s)

@@ -17,6 +17,7 @@ from serving.admission import Admission
 from serving.api.gate import Pass
 from serving.api.known_fields import AnyBody, UnknownFields, unsupported_field
 from serving.api.open_answer import OpenAnswer
+from serving.api.request_id import TakenIds
 from serving.api.sampling import Body
 from serving.api.schemas import ChatRequest
 from serving.api.version import VERSION
@@ -26,6 +27,7 @@ from serving.cluster.streams import StreamGroup
 from serving.config import ServeConfig
 from serving.errors import ContextTooLong, InvalidRequest, NotFound
 from serving.metrics import Metrics
+from serving.telemetry.table import Endpoint
 from serving.text.chat import ChatTemplate
 from serving.text.detokenizer import Shown
 from serving.text.tokenizer import TextCodec
@@ -119,7 +121,7 @@ class Service:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         *,
-        request_id: str,
+        ids: TakenIds,
         entry: Pass,
         param: str,
         default_max_tokens: int | None,
@@ -141,7 +143,7 @@ class Service:
             for choice in range(body.n or 1):
                 specs.append(
                     RequestSpec(
-                        request_id=RequestId(f"{request_id}-{len(specs)}"),
+                        request_id=RequestId(f"{ids.internal}-{len(specs)}"),
                         prompt_token_ids=tuple(token_ids),
                         params=replace(params, max_tokens=limit, seed=_seed(body), choice=choice),
                         tenant=entry.tenant,
@@ -155,7 +157,14 @@ class Service:
             nothing=body.echoes_only(),
         )
         entry.correct({spec.request_id: len(spec.prompt_token_ids) for spec in specs})
-        return self.driver.submit(specs, body.stops(), shown, entry)
+        return self.driver.submit(
+            specs,
+            body.stops(),
+            shown,
+            entry,
+            arrived_at_s=ids.arrived_at_s,
+            endpoint=Endpoint.CHAT if isinstance(body, ChatRequest) else Endpoint.COMPLETIONS,
+        )
 
     def open_answer(self, group: StreamGroup, entry: Pass, deadline_s: float) -> OpenAnswer:
         """Return what looks after the answer to these streams until it is complete."""

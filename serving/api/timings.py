@@ -22,7 +22,12 @@ def timings(times: RequestTimes) -> dict[str, float | None]:
 
 def server_timing(times: RequestTimes) -> str:
     """Return the value of the header, which browsers' tools show as bars."""
-    spans = {"queue": times.queue_s, "prefill": times.prefill_s, "decode": times.decode_s}
+    spans = {
+        "intake": times.intake_s,
+        "queue": times.queue_s,
+        "prefill": times.prefill_s,
+        "decode": times.decode_s,
+    }
     return ", ".join(f"{name};dur={_ms(span)}" for name, span in spans.items() if span is not None)
 
 

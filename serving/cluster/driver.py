@@ -43,7 +43,7 @@ from serving import logs
 from serving.admission import jittered
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.inspection import Inspections
-from serving.cluster.streams import Observer, RequestStream, StreamGroup, StreamTable
+from serving.cluster.streams import Observer, Origin, RequestStream, StreamGroup, StreamTable
 from serving.errors import (
     GenerationFailed,
     InstanceLost,
@@ -52,6 +52,7 @@ from serving.errors import (
     Unavailable,
 )
 from serving.metrics import Metrics
+from serving.telemetry.table import Endpoint
 from serving.text.detokenizer import PLAIN_TEXT, Shown
 from serving.text.tokenizer import TextCodec
 
@@ -134,9 +135,17 @@ class ClusterDriver:
         stops: Sequence[str],
         shown: Shown = PLAIN_TEXT,
         observer: Observer | None = None,
+        *,
+        arrived_at_s: float | None = None,
+        endpoint: Endpoint = Endpoint.COMPLETIONS,
     ) -> StreamGroup:
-        """Run the requests; all of them, or none. Raises RequestError when one is refused."""
+        """Run the requests; all of them, or none. Raises RequestError when one is refused.
+
+        They arrived at `arrived_at_s` of the driver's clock, or do so now.
+        """
         group = StreamGroup()
+        now = self._clock()
+        origin = Origin(endpoint, now if arrived_at_s is None else arrived_at_s, now)
         for spec in specs:
             stream = RequestStream(
                 spec,
@@ -145,7 +154,7 @@ class ClusterDriver:
                 group.wake,
                 shown,
                 observer,
-                arrived_at_s=self._clock(),
+                origin=origin,
             )
             self._streams.add(stream)
             self._idle.clear()
@@ -281,21 +290,23 @@ class ClusterDriver:
                 assert_never(report)
 
     def _on_step(self, instance_id: InstanceId, report: StepEvents) -> None:
-        now = self._clock()
         for started in report.started:
             self._on_started(started)
         for scored in report.prompt_logprobs:
             stream = self._streams.get(scored.request_id)
             if stream is not None:
                 stream.take_prompt_logprobs(scored.start, scored.positions)
-        for token in report.tokens:
-            self._on_token(token, now)
+        if report.tokens:
+            now = self._clock()
+            for token in report.tokens:
+                self._on_token(token, now)
+            self._metrics.delivered(self._clock() - now)
         for finished in report.finished:
             self._on_finished(finished)
         for rejected in report.rejected:
             self._reject(rejected.request_id, rejected.reason)
             self._handle(Ended(rejected.request_id))
-        self._metrics.step(instance_id, report.view, report.step_s)
+        self._metrics.step(instance_id, report.view, report.step_s, report.plans_s)
         self._handle(Reported(instance_id, report.view))
 
     def _on_started(self, event: StartedEvent) -> None:
@@ -315,7 +326,7 @@ class ClusterDriver:
         if stream.has_readers:
             gap_s = stream.marks.token(now)
             if gap_s is None:
-                self._metrics.first_token(stream.times)
+                self._metrics.first_token(stream.spec, stream.times)
             else:
                 self._metrics.next_token(gap_s)
         if stream.deliver(event.output_index, event.token_id, event.logprobs):
@@ -357,7 +368,7 @@ class ClusterDriver:
             stream.observer.ended(stream.spec.request_id)
         stream.marks.ended(self._clock())
         times = stream.times
-        self._metrics.ended(outcome, stream.spec, stream.num_cached_tokens, times)
+        self._metrics.ended(stream.endpoint, outcome, stream.spec, stream.num_cached_tokens, times)
         if log.isEnabledFor(logging.DEBUG):
             logs.event(
                 log,
@@ -368,6 +379,7 @@ class ClusterDriver:
                 num_prompt_tokens=len(stream.spec.prompt_token_ids),
                 num_cached_tokens=stream.num_cached_tokens,
                 num_output_tokens=times.num_tokens,
+                intake_s=times.intake_s,
                 queue_s=times.queue_s,
                 ttft_s=times.ttft_s,
                 decode_s=times.decode_s,

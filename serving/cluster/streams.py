@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from scheduler.types import FinishReason, Logprobs, RequestId, RequestSpec
 from serving.cluster.times import RequestMarks, RequestTimes
 from serving.errors import RequestError
+from serving.telemetry.table import Endpoint
 from serving.text.detokenizer import PLAIN_TEXT, Detokenizer, Shown, StopFilter
 from serving.text.tokenizer import TextCodec
 
@@ -34,6 +35,17 @@ class Delta(NamedTuple):
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     scored: tuple[ScoredToken, ...] = ()  # if log-probabilities were asked for
+
+
+class Origin(NamedTuple):
+    """Where a request came from, and when, on the driver's clock."""
+
+    endpoint: Endpoint = Endpoint.COMPLETIONS
+    arrived_at_s: float = 0.0  # at the server
+    taken_at_s: float = 0.0  # by the driver
+
+
+_NOWHERE = Origin()
 
 
 class Observer(Protocol):
@@ -56,16 +68,17 @@ class RequestStream:
         shown: Shown = PLAIN_TEXT,
         observer: Observer | None = None,
         *,
-        arrived_at_s: float = 0.0,
+        origin: Origin = _NOWHERE,
     ) -> None:
         self.spec = spec
+        self.endpoint = origin.endpoint
         self.observer = observer
         self.num_tokens = 0  # delivered
         self.num_cached_tokens = 0  # of the prompt; known when it has started
         self.prompt_logprobs: list[Logprobs] = []  # of the second token of the prompt and on
         self.finish_reason: FinishReason | None = None
         self.error: RequestError | None = None
-        self.marks = RequestMarks(arrived_at_s)
+        self.marks = RequestMarks(origin.arrived_at_s, origin.taken_at_s)
         self._shown = shown
         self._detokenizer = Detokenizer(codec, skip_special_tokens=not shown.special_tokens)
         self._stop_filter = StopFilter(stops, shows_stop=shown.stop)

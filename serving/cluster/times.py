@@ -13,10 +13,13 @@ from dataclasses import dataclass
 class RequestTimes:
     """Spans of one request, seconds; None: it has not come so far.
 
-    Arrival is when the driver took it; `queue_s` is the instance's own measure.
+    Arrival is when the head of its HTTP request was there: TTFT and E2E begin before its body is
+    read, a place is found for it and its prompt becomes tokens, as its client sees it. What that
+    takes is `intake_s`; `queue_s` is the instance's own measure.
     """
 
-    queue_s: float | None = None  # from arrival to the first step
+    intake_s: float = 0.0  # from arrival until it was given to an instance
+    queue_s: float | None = None  # from then to the first step
     ttft_s: float | None = None  # from arrival to the first token
     decode_s: float | None = None  # from the first token to the last so far
     e2e_s: float | None = None  # from arrival to the end
@@ -27,7 +30,7 @@ class RequestTimes:
         """From the first step to the first token."""
         if self.ttft_s is None or self.queue_s is None:
             return None
-        return max(0.0, self.ttft_s - self.queue_s)
+        return max(0.0, self.ttft_s - self.intake_s - self.queue_s)
 
     @property
     def inference_s(self) -> float | None:
@@ -47,10 +50,20 @@ class RequestTimes:
 class RequestMarks:
     """When what happened to a request, on the driver's clock."""
 
-    __slots__ = ("arrived_at_s", "ended_at_s", "first_at_s", "last_at_s", "num_tokens", "queue_s")
+    __slots__ = (
+        "arrived_at_s",
+        "ended_at_s",
+        "first_at_s",
+        "last_at_s",
+        "num_tokens",
+        "queue_s",
+        "taken_at_s",
+    )
 
-    def __init__(self, arrived_at_s: float) -> None:
+    def __init__(self, arrived_at_s: float, taken_at_s: float) -> None:
+        """It arrived at the server, and was then taken by the driver."""
         self.arrived_at_s = arrived_at_s
+        self.taken_at_s = taken_at_s
         self.queue_s: float | None = None
         self.first_at_s: float | None = None
         self.last_at_s: float | None = None
@@ -77,6 +90,7 @@ class RequestMarks:
     def times(self) -> RequestTimes:
         first_at_s, last_at_s, ended_at_s = self.first_at_s, self.last_at_s, self.ended_at_s
         return RequestTimes(
+            intake_s=self.taken_at_s - self.arrived_at_s,
             queue_s=self.queue_s,
             ttft_s=None if first_at_s is None else first_at_s - self.arrived_at_s,
             decode_s=None if first_at_s is None or last_at_s is None else last_at_s - first_at_s,

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from serving.telemetry.metric import PREFIX, VLLM_PREFIX, Alias, Metric
-from serving.telemetry.store import Histogram, MetricStore
+from serving.telemetry.store import Histogram, LabelValues, MetricStore, Number
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -66,15 +66,28 @@ class _Vllm(Collector):
 
     def _renamed(self, metric: Metric, alias: Alias) -> Family:
         rename = _VLLM_LABELS | dict(alias.labels)
-        names = ("model", *metric.labels)
+        names = tuple(name for name in ("model", *metric.labels) if name not in alias.summed)
         family = _family(
             metric, f"{VLLM_PREFIX}{alias.name}", tuple(rename.get(name, name) for name in names)
         )
-        for labels, cell in self._store.cells(metric):
-            values = (self._model_name, *labels)
+        for values, cell in self._cells(metric, alias):
             if alias.only is None or values[names.index(alias.only[0])] in alias.only[1]:
                 _add(family, values, cell)
         return family
+
+    def _cells(self, metric: Metric, alias: Alias) -> Iterator[tuple[LabelValues, object]]:
+        """Yield the cells of a metric; of a counter or gauge summed over what is not shown."""
+        if not alias.summed:
+            for labels, cell in self._store.cells(metric):
+                yield (self._model_name, *labels), cell
+            return
+        sums: dict[LabelValues, Number] = {}
+        for labels, cell in self._store.cells(metric):
+            assert isinstance(cell, Number)
+            pairs = zip(metric.labels, labels, strict=True)
+            shown = tuple(value for name, value in pairs if name not in alias.summed)
+            sums.setdefault((self._model_name, *shown), Number()).add(cell.value)
+        yield from sums.items()
 
 
 def _family(metric: Metric, name: str, labels: tuple[str, ...]) -> Family:

@@ -1,7 +1,8 @@
 """What the dashboards show: rows of panels, each with its queries. The JSON is made elsewhere.
 
 Queries aggregate over servers of one model; where they tell instances apart, they do it by the
-label `instance`, which is ours if the scrape honours labels, and the server's address if not.
+labels `server`, which the scrape configuration makes of the server's address, and `instance`: every
+server has an instance-0.
 """
 
 from __future__ import annotations
@@ -58,8 +59,13 @@ def _by(label: str) -> str:
     return f" by ({label}) " if label else ""
 
 
+def _ratio(part: str, whole: str) -> str:
+    """Return a share that is absent where nothing happens, and not 0/0."""
+    return f"{part} / ({whole} > 0)"
+
+
 def _mean(name: str) -> Query:
-    return Query(f"{_rate(name, suffix='_sum')} / {_rate(name, suffix='_count')}", "mean")
+    return Query(_ratio(_rate(name, suffix="_sum"), _rate(name, suffix="_count")), "mean")
 
 
 def _quantiles(name: str) -> tuple[Query, ...]:
@@ -77,7 +83,9 @@ def _single(title: str, unit: str, expr: str, form: Form = "stat") -> Panel:
     return Panel(title, unit, (Query(expr, title),), form)
 
 
-_HIT_RATIO = f"{_rate('prefix_cache_hits')} / {_rate('prefix_cache_queries')}"
+_HIT_RATIO = _ratio(_rate("prefix_cache_hits"), _rate("prefix_cache_queries"))
+_INSTANCE = "server, instance"
+INSTANCE_LEGEND = "{{server}} {{instance}}"
 
 OVERVIEW = Board("overview", "Hocket: overview", (
     ("Now", (
@@ -120,12 +128,12 @@ OVERVIEW = Board("overview", "Hocket: overview", (
 
 ENGINE = Board("engine", "Hocket: engine", (
     ("Steps", (
-        Panel("Steps", "ops", (Query(_rate("steps", "instance"), "{{instance}}"),)),
+        Panel("Steps", "ops", (Query(_rate("steps", _INSTANCE), INSTANCE_LEGEND),)),
         _latency("Step time", "step_seconds"),
         _latency("Tokens of a step", "step_tokens", "short"),
         _latency("Requests of a step", "batch_size", "short"),
         Panel("Computed tokens", "short", (
-            Query(_rate("computed_tokens", "instance"), "{{instance}}"),
+            Query(_rate("computed_tokens", _INSTANCE), INSTANCE_LEGEND),
         )),
         _single("Since the last step", "s",
                 f"time() - max({_series('last_step_timestamp_seconds')})"),
@@ -133,9 +141,9 @@ ENGINE = Board("engine", "Hocket: engine", (
     ("KV memory", (
         Panel("Blocks by state", "short", (Query(_gauge("kv_blocks", "state"), "{{state}}"),)),
         Panel("Fragmentation", "percentunit", (
-            Query(f"max by (instance) ({_series('kv_fragmentation_ratio')})", "{{instance}}"),
+            Query(f"max by ({_INSTANCE}) ({_series('kv_fragmentation_ratio')})", INSTANCE_LEGEND),
         )),
-        Panel("Preemptions", "ops", (Query(_rate("preemptions", "instance"), "{{instance}}"),)),
+        Panel("Preemptions", "ops", (Query(_rate("preemptions", _INSTANCE), INSTANCE_LEGEND),)),
         Panel("Blocks moved about", "ops", (
             Query(_rate("evictions"), "evicted"),
             Query(_rate("kv_stolen_blocks"), "stolen"),
@@ -150,8 +158,13 @@ ENGINE = Board("engine", "Hocket: engine", (
     ("Requests", (
         _latency("Prefill", "prefill_time_seconds"),
         _latency("Decode", "decode_time_seconds"),
+        _latency("Scheduler's decision", "schedule_decision_seconds"),
+        _latency("Detokenising of a report", "detokenize_seconds"),
+        Panel("Waiting, by reason", "short", (
+            Query(_gauge("requests_waiting_by_reason", "reason"), "{{reason}}"),
+        )),
         Panel("Failures in the model", "ops", (
-            Query(_rate("request_failures", "instance"), "{{instance}}"),
+            Query(_rate("request_failures", _INSTANCE), INSTANCE_LEGEND),
         )),
         Panel("Start by phase", "s", (
             Query(f"max by (phase) ({_series('startup_seconds')})", "{{phase}}"),

@@ -17,12 +17,16 @@ the instance's name. Instances report to the API process, which counts: one regi
 whatever the number of instances, and no multiprocess mode.
 
 Prometheus puts a label `instance` of its own (the address it scraped) on what it reads. With
-`honor_labels: true` ours stays where a metric has one, as in
-[deploy/dashboards/prometheus.yml](../deploy/dashboards/prometheus.yml); without it ours is called
-`exported_instance`. The dashboards work either way.
+`honor_labels: true` ours stays where a metric has one. Every server has an `instance-0`, so the
+scrape must tell servers apart by another label: without one, two servers write into the same
+series, and its rates are nonsense. The scrape configuration in
+[deploy/dashboards/prometheus.yml](../deploy/dashboards/prometheus.yml) makes the label `server` of
+the address, and alerts and dashboards tell instances apart by `server` and `instance`.
+
+When an instance is down, its gauges are 0, and those for which 0 would say something else are gone.
 
 - A **request** is one choice of one prompt: `n: 2` for three prompts are six. Latencies begin when
-  the request was taken, after tokenising.
+  the head of the HTTP request was there, before its body was read and its prompt tokenised.
 - **Latencies of a whole request** (E2E, TPOT, decode, inference) and its lengths are of those that
   ended with `stop` or `length`; one that was given up says nothing about them. Queue time, prefill
   and TTFT are of all that came so far.
@@ -45,6 +49,7 @@ its configuration.
 The label `model` is `model_name` there, and `instance` is `engine`. Buckets are ours, which are
 vLLM's and some more. What differs from vLLM: metrics that are not of an instance have no `engine`;
 an answer of one token has no `vllm:request_time_per_output_token_seconds`, where vLLM counts a 0;
+a request that waits is `deferred` while another computes its prefix, which vLLM does not wait for;
 queue time, prefill and `vllm:request_params_n` are counted when they are known, not at the end. A
 repeated prompt counts in full in `vllm:prompt_tokens_total`, and what was cached of it in
 `vllm:prompt_tokens_cached_total`, as in vLLM.
@@ -108,7 +113,10 @@ def _differences(metric: Metric, alias: Alias) -> str:
     words = [f"`{ours}` is `{theirs}`" for ours, theirs in alias.labels.items()]
     if alias.only is not None:
         words.append(f"only {', '.join(alias.only[1])}")
-    others = [name for name in metric.labels if name != "instance" and name not in alias.labels]
+    words += [f"without `{name}`, summed" for name in alias.summed]
+    others = [
+        name for name in metric.labels if name not in {"instance", *alias.labels, *alias.summed}
+    ]
     return "; ".join([*words, *(f"`{name}`" for name in others)])
 
 

@@ -60,11 +60,8 @@ class MetricStore:
                 self._histograms[metric.name] = {}
             else:
                 self._numbers[metric.name] = {}
-            if not metric.labels:
-                self._make(metric)
-            elif len(metric.labels) == 1:
-                for value in metric.values:
-                    self._make(metric, value)
+            for labels in metric.shown_first():
+                self._make(metric, *labels)
 
     def number(self, name: str, *labels: str) -> Number:
         cells = self._numbers[name]
@@ -87,6 +84,25 @@ class MetricStore:
             yield from self._histograms[metric.name].items()
         else:
             yield from self._numbers[metric.name].items()
+
+    def appear(self, instance_id: str) -> None:
+        """Show the cells of an instance that are known before anything happens."""
+        for metric in self._metrics.values():
+            if "instance" in metric.labels and not metric.vanishes:
+                for labels in metric.shown_first(instance=instance_id):
+                    self._make(metric, *labels)
+
+    def expire(self, instance_id: str) -> None:
+        """What an instance's gauges say is true no more; what was counted stays counted."""
+        for metric in self._metrics.values():
+            if metric.kind != "gauge" or "instance" not in metric.labels:
+                continue
+            place, cells = metric.labels.index("instance"), self._numbers[metric.name]
+            for labels in [labels for labels in cells if labels[place] == instance_id]:
+                if metric.vanishes:
+                    del cells[labels]
+                else:
+                    cells[labels].set(0)
 
     def total(self, name: str) -> float:
         """Return the sum of a counter or gauge over all its labels."""

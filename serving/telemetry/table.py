@@ -7,22 +7,27 @@ but the name of an unknown field, and of those only so many.
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from scheduler.types import FinishReason, RejectReason
 from serving.admission import REFUSAL_LABELS
 from serving.telemetry.metric import Alias, Metric
 
 # vLLM's buckets, with finer low ones where a small model on a CPU is quicker than they can tell.
 _TTFT_S = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
-    80, 160, 640, 2560,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4,
+    5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
 _ITL_S = (
-    0.0005, 0.002, 0.004, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5,
-    7.5, 10, 20, 40, 80,
+    0.0005, 0.002, 0.004, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
+    0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
 )  # fmt: skip
 _E2E_S = (
-    0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240,
-    480, 960, 1920, 7680,
+    0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50,
+    60, 120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
+_DECISION_S = (
+    0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1,
 )  # fmt: skip
 _LAG_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -31,7 +36,19 @@ _REQUEST_TOKENS = (
 )  # fmt: skip
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+
+class Endpoint(StrEnum):
+    """What a client asked for."""
+
+    COMPLETIONS = "completions"
+    CHAT = "chat"
+
+
+GENERATING_ROUTES = ("/v1/completions", "/v1/chat/completions")
+_USUAL_STATUS = ("200", "400", "429", "500", "503")
+
 REJECTED = "rejected"
+WAITING_REASONS = ("capacity", "deferred")
 BLOCK_STATES = ("used", "cached", "claimed", "free")
 TIMEOUT = "timeout"  # by the client's own limit
 QUEUE_TIMEOUT = "queue_timeout"
@@ -64,17 +81,24 @@ TABLE: tuple[Metric, ...] = (
         labels=("instance",), vllm=Alias("num_requests_waiting"), dashboard="overview",
     ),
     Metric(
+        "gauge", "requests_waiting_by_reason",
+        "Of those: for a place and memory, or for a prefix that another request computes", _VIEW,
+        labels=("instance", "reason"), values={"reason": WAITING_REASONS},
+        vllm=Alias("num_requests_waiting_by_reason"), dashboard="engine",
+    ),
+    Metric(
         "counter", "requests", "Requests by outcome; each choice of n is one", _ENDED,
-        labels=("outcome",), values=_OUTCOMES, dashboard="overview",
+        labels=("endpoint", "outcome"),
+        values={"endpoint": tuple(Endpoint), "outcome": _OUTCOMES}, dashboard="overview",
         vllm=Alias(
-            "request_success", labels={"outcome": "finished_reason"},
+            "request_success", summed=("endpoint",), labels={"outcome": "finished_reason"},
             only=("outcome", ("stop", "length", "abort", "error")),
         ),
     ),
     Metric(
         "counter", "request_rejections", "Requests refused before they ran, by reason",
         "a request is refused (driver, admission)",
-        labels=("reason",), values=_REASONS, dashboard="overview",
+        labels=("reason",), values={"reason": _REASONS}, dashboard="overview",
         vllm=Alias("admission_rejections"),
     ),
     Metric(
@@ -82,8 +106,9 @@ TABLE: tuple[Metric, ...] = (
         labels=("instance",), dashboard="engine",
     ),
     Metric(
-        "counter", "http_requests", "HTTP answers by route template and class of status",
-        "an answer is over (middleware)", labels=("route", "status"), dashboard="overview",
+        "counter", "http_requests", "HTTP answers by route template and status",
+        "an answer is over (middleware)", labels=("route", "status"),
+        values={"route": GENERATING_ROUTES, "status": _USUAL_STATUS}, dashboard="overview",
     ),
     Metric(
         "counter", "unknown_fields",
@@ -125,6 +150,15 @@ TABLE: tuple[Metric, ...] = (
     Metric(
         "histogram", "inference_time_seconds", "From the first step to the last token", _SERVED,
         buckets=_E2E_S, vllm=Alias("request_inference_time_seconds"),
+    ),
+    Metric(
+        "histogram", "schedule_decision_seconds", "Time to decide what a step computes", _STEP,
+        labels=("instance",), buckets=_DECISION_S, dashboard="engine",
+    ),
+    Metric(
+        "histogram", "detokenize_seconds",
+        "Time to make text of the tokens of a report and give it to their streams",
+        "a report with tokens is handled (driver)", buckets=_DECISION_S, dashboard="engine",
     ),
     # --- tokens ---
     Metric(
@@ -184,8 +218,9 @@ TABLE: tuple[Metric, ...] = (
         _STEP, labels=("instance",), buckets=_STEP_TOKENS, vllm=Alias("iteration_tokens_total"),
     ),
     Metric(
-        "gauge", "last_step_timestamp_seconds", "When the last step was complete, Unix time",
-        _STEP, labels=("instance",), dashboard="engine",
+        "gauge", "last_step_timestamp_seconds",
+        "When the last step was complete, or the instance ready, Unix time",
+        _STEP, labels=("instance",), dashboard="engine", vanishes=True,
     ),
     # --- KV memory ---
     Metric(
@@ -195,7 +230,7 @@ TABLE: tuple[Metric, ...] = (
     Metric(
         "gauge", "kv_blocks",
         "KV blocks: used by requests, cached prefixes, claimed for growth, free", _VIEW,
-        labels=("instance", "state"), values=BLOCK_STATES, dashboard="engine",
+        labels=("instance", "state"), values={"state": BLOCK_STATES}, dashboard="engine",
     ),
     Metric(
         "gauge", "kv_fragmentation_ratio",
@@ -242,9 +277,11 @@ TABLE: tuple[Metric, ...] = (
     Metric(
         "gauge", "config_info", "Always 1; what an instance was started with", _READY,
         labels=("instance", "dtype", "device", "block_size", "num_blocks", "num_kv_tokens",
-                "max_model_len"),
+                "max_model_len", "max_concurrency"),
+        vanishes=True,
         vllm=Alias("cache_config_info", labels={
             "num_blocks": "num_gpu_blocks", "num_kv_tokens": "kv_cache_size_tokens",
+            "max_concurrency": "kv_cache_max_concurrency",
         }),
     ),
     Metric("gauge", "build_info", "Always 1; what serves", _SERVER, labels=("version", "python")),

@@ -65,6 +65,31 @@ def test_a_step_makes_one_report():
     assert [len(report.tokens) for report in reports] == [3, 3, 3, 3]
 
 
+class SlowPlans:
+    """A scheduler for which every plan takes a second of the clock's time."""
+
+    def __init__(self, clock, scheduler):
+        self._clock, self._scheduler = clock, scheduler
+
+    def __getattr__(self, name):
+        return getattr(self._scheduler, name)
+
+    def plan_step(self, now):
+        self._clock.sleep(1.0)
+        return self._scheduler.plan_step(now)
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(1, [[1.0], [1.0]]), (2, [[1.0, 1.0], [], []])])
+def test_the_time_of_each_plan_is_reported(depth, expected):
+    clock, reports = ManualClock(), []
+    scheduler = SlowPlans(clock, make_scheduler())
+    core = EngineCore(scheduler, make_executor(), reports.append, depth=depth, clock=clock)
+    core.inbox.put(Submit(make_spec("a", max_tokens=2)))
+    while core._scheduler.has_work or not core.inbox.empty():
+        core.turn()
+    assert [report.plans_s for report in reports] == expected[: len(reports)]
+
+
 def test_refusals_and_aborts_are_reported():
     core, reports = make_core(max_num_running=1, max_num_waiting=0)
     core.inbox.put(Submit(make_spec("a")))

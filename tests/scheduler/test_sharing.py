@@ -74,6 +74,27 @@ def test_all_who_wait_for_a_prefix_proceed_in_the_same_step():
     assert joined(plan) == dict.fromkeys("bcdef", 12)
 
 
+def test_those_who_wait_for_a_prefix_are_counted_apart():
+    scheduler = make_scheduler(max_num_running=2)
+    for name in "abc":
+        add(scheduler, name)
+    for name in "xyz":
+        add(scheduler, name, prompt=(90, ord(name)))
+
+    def waiting():
+        view = scheduler.view()
+        return view.num_waiting, view.num_deferred
+
+    assert waiting() == (6, 0)
+    plan = scheduler.plan_step(0.0)
+    assert set(joined(plan)) == {"a", "x"}
+    assert waiting() == (4, 2), "b and c for the prefix, y and z for a place"
+    scheduler.abort(RequestId("c"))
+    assert waiting() == (3, 1)
+    finish(scheduler, plan, a=1, x=1)
+    assert waiting() == (3, 0), "the prefix is there"
+
+
 def test_those_who_wait_go_on_without_one_that_ends():
     scheduler = make_scheduler()
     for name in "abc":

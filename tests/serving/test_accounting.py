@@ -28,6 +28,9 @@ class Client:
     def complete(self, **body):
         return json.loads(self._call("POST", "/v1/completions", {"model": "fake"} | body))
 
+    def chat(self, **body):
+        return json.loads(self._call("POST", "/v1/chat/completions", {"model": "fake"} | body))
+
     def hang_up(self, **body):
         """Send a streaming request and leave after its first bytes."""
         connection = http.client.HTTPConnection(self._netloc, timeout=30)
@@ -113,6 +116,7 @@ EXPECTED = {
     "num_preemptions_total": 0,
     "num_requests_running": 0,
     "num_requests_waiting": 0,
+    "num_requests_waiting_by_reason": 0,
     "kv_cache_usage_perc": 0,
 }
 
@@ -122,12 +126,23 @@ def test_the_counts_of_vllms_own_test(served):
     counted = {name: total(samples, f"vllm:{name}") for name in EXPECTED}
     assert counted == EXPECTED
     assert total(samples, "vllm:request_success_total", finished_reason="length") == R
-    assert total(samples, "vllm:cache_config_info", block_size="16", num_gpu_blocks="16384") == 1
+    blocks = {"block_size": "16", "num_gpu_blocks": "16384", "kv_cache_size_tokens": "262144"}
+    concurrency = {"max_model_len": "8192", "kv_cache_max_concurrency": "32.0"}
+    assert total(samples, "vllm:cache_config_info", **blocks, **concurrency) == 1
+    for reason in ("capacity", "deferred"):
+        assert total(samples, "vllm:num_requests_waiting_by_reason", reason=reason) == 0
+    series = [labels for name, labels in samples if name == "vllm:request_success_total"]
+    assert len(series) == 4, "over both endpoints"
+    assert not any("endpoint" in dict(labels) for labels in series)
 
 
 def test_the_native_page_says_the_same(served):
     samples = served.page()
     assert total(samples, "hocket_requests_total") == R
+    assert total(samples, "hocket_requests_total", endpoint="completions", outcome="length") == R
+    assert total(samples, "hocket_requests_total", endpoint="chat") == 0
+    assert total(samples, "hocket_schedule_decision_seconds_count") == R * T
+    assert total(samples, "hocket_detokenize_seconds_count") == R * T
     assert total(samples, "hocket_time_to_first_token_seconds_count") == R
     assert total(samples, "hocket_inter_token_latency_seconds_count") == R * (T - 1)
     assert total(samples, "hocket_prompt_tokens_total") == R * P
@@ -171,6 +186,33 @@ def test_prefix_hits_count_in_prompts_and_are_told_apart(served):
     assert grown("request_prefill_kv_computed_tokens_sum") == 80 - 39
 
 
+def test_a_prompt_longer_than_a_step_counts_with_its_first_token(served):
+    before = served.page("/metrics/vllm")
+    served.complete(prompt="L" * 1100, max_tokens=T, ignore_eos=True)
+    after = served.page("/metrics/vllm")
+
+    def grown(name, **labels):
+        return total(after, f"vllm:{name}", **labels) - total(before, f"vllm:{name}", **labels)
+
+    assert grown("iteration_tokens_total_count") == T
+    assert grown("iteration_tokens_total_sum") == 1100 + T
+    # All but one of the reports are of one token: that one has the prompt, too.
+    assert grown("iteration_tokens_total_bucket", le="1.0") == T - 1
+    assert grown("iteration_tokens_total_bucket", le="1024.0") == T - 1
+
+
+def test_requests_are_told_apart_by_endpoint(served):
+    before = served.page()
+    served.chat(messages=[{"role": "user", "content": "hi"}], max_tokens=2, ignore_eos=True)
+    after = served.page()
+
+    def grown(**labels):
+        name = "hocket_requests_total"
+        return total(after, name, **labels) - total(before, name, **labels)
+
+    assert (grown(endpoint="chat", outcome="length"), grown()) == (1, 1)
+
+
 def test_choices_are_requests_and_their_prompts_are_counted(served):
     before = served.page("/metrics/vllm")
     served.complete(prompt=["BB", "CCC"], n=3, max_tokens=2, ignore_eos=True, temperature=1)
@@ -203,7 +245,7 @@ def test_after_hang_ups_the_gauges_are_exactly_zero(served):
     assert total(samples, "hocket_kv_blocks", state="used") == 0
 
 
-def test_http_answers_are_counted_by_template_and_class(served):
+def test_http_answers_are_counted_by_template_and_status(served):
     before = served.page()
     served.get("/v1/models/secret-name")
     served.get("/no/such/secret")
@@ -215,8 +257,8 @@ def test_http_answers_are_counted_by_template_and_class(served):
         key = ("hocket_http_requests_total", tuple(sorted(labels.items())))
         return after[key] - before.get(key, 0)
 
-    assert grown("/v1/models/{model:path}", "4xx") == 1
-    assert grown("none", "4xx") == 1
-    assert grown("/v1/completions", "4xx") == 1
-    assert grown("/metrics", "2xx") == 1
+    assert grown("/v1/models/{model:path}", "404") == 1
+    assert grown("none", "404") == 1
+    assert grown("/v1/completions", "405") == 1
+    assert grown("/metrics", "200") == 1
     assert "secret" not in served.get("/metrics")

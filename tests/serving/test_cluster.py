@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import msgspec
 import pytest
@@ -73,6 +74,23 @@ async def start_driver(executor=None, max_requests=8):
 
 async def read(group):
     return [delta async for delta in group.deltas()]
+
+
+def test_latencies_begin_when_the_request_arrived():
+    """Not when the driver took it: reading, admitting and tokenising it came before."""
+
+    async def scenario():
+        driver = await start_driver()
+        arrived_at_s = time.monotonic() - 100
+        group = driver.submit([make_spec("a", max_tokens=2)], [], arrived_at_s=arrived_at_s)
+        await read(group)
+        (times,) = (stream.times for stream in group.streams)
+        assert times.intake_s >= 100
+        assert times.e2e_s >= times.ttft_s >= 100
+        assert times.prefill_s < 100
+        await driver.stop()
+
+    asyncio.run(scenario())
 
 
 def test_a_lost_instance_fails_its_requests_and_takes_no_more():

@@ -159,7 +159,9 @@ def test_a_body_that_hides_its_size_is_cut_off(server):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request(server, stream):
-    before = metric(server, 'hocket_requests_total{model="fake",outcome="abort"}')
+    before = metric(
+        server, 'hocket_requests_total{endpoint="completions",model="fake",outcome="abort"}'
+    )
     host, port = urlsplit(server.url).netloc.split(":")
     body = json.dumps(LONG | {"stream": stream}).encode()
     with socket.create_connection((host, int(port))) as raw:
@@ -169,7 +171,12 @@ def test_a_client_that_leaves_ends_its_request(server, stream):
         )
         wait_until(lambda: metric(server, "hocket_requests_running") == 1)
     wait_until(
-        lambda: metric(server, 'hocket_requests_total{model="fake",outcome="abort"}') == before + 1
+        lambda: (
+            metric(
+                server, 'hocket_requests_total{endpoint="completions",model="fake",outcome="abort"}'
+            )
+            == before + 1
+        )
     )
     wait_until(lambda: metric(server, "hocket_requests_running") == 0)
     wait_until(lambda: metric(server, "hocket_kv_cache_usage_ratio") == 0)
@@ -196,7 +203,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back():
                 json.dumps(LONG),
                 {"Content-Type": "application/json"},
             )
-        wait_until(lambda: metric(server, "hocket_requests_waiting") == 1)
+        wait_until(lambda: metric(server, "hocket_requests_waiting{") == 1)
         response, payload = call(server, "POST", "/v1/completions", LONG)
         assert response.status == 503
         assert json.loads(payload)["error"]["code"] == "queue_full"

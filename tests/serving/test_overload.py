@@ -96,9 +96,15 @@ def test_whoever_waited_too_long_is_refused_and_what_runs_goes_on():
             assert response.headers["x-should-retry"] == "true"
             connection.close()
         assert metric(server, "hocket_requests_running") == 1
-        wait_until(lambda: metric(server, "hocket_requests_waiting") == 0)
+        wait_until(lambda: metric(server, "hocket_requests_waiting{") == 0)
         assert refusals(server) == {"queue_timeout": 2}
-        assert metric(server, 'hocket_requests_total{model="fake",outcome="rejected"}') == 2
+        assert (
+            metric(
+                server,
+                'hocket_requests_total{endpoint="completions",model="fake",outcome="rejected"}',
+            )
+            == 2
+        )
 
 
 def test_silent_streams_are_kept_alive_between_events():

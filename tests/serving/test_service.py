@@ -96,7 +96,10 @@ def test_a_request_that_fails_is_told_why_and_its_neighbour_goes_on(stream):
         assert neighbour.json()["choices"][0]["text"] == "abcdefgh"
         assert (await server.complete(prompt="z")).status == 200
         assert server.driver.ready
-        assert server.metric('hocket_requests_total{model="m",outcome="error"}') == 1
+        assert (
+            server.metric('hocket_requests_total{endpoint="completions",model="m",outcome="error"}')
+            == 1
+        )
 
     run(scenario, fails_for_x)
 

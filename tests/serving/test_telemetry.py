@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from engine.messages import Ready
 from scheduler.load import InstanceView, KVCounters, StepSize
 from scheduler.types import InstanceId
 from serving.cluster.times import RequestMarks
@@ -15,7 +18,8 @@ from serving.metrics import Metrics
 from serving.telemetry.generate import generated
 from serving.telemetry.panels import metrics_of
 from serving.telemetry.store import Histogram, MetricStore
-from serving.telemetry.table import TABLE
+from serving.telemetry.table import BY_NAME, TABLE
+from tests.factories import make_geometry
 
 ROOT = Path(__file__).parents[2]
 BOARDS = ("overview", "engine")
@@ -44,6 +48,10 @@ def view(**changes):
 
 
 ONE = InstanceId("i0")
+READY = Ready("m", "float32", "cpu", 256, make_geometry())
+GAUGES_OF_INSTANCES = [
+    metric for metric in TABLE if metric.kind == "gauge" and "instance" in metric.labels
+]
 
 
 # --- the table and what is made of it ---
@@ -67,6 +75,43 @@ def test_names_are_as_prometheus_wants_them():
         assert not {"le", "model", "replica"} & set(metric.labels)
         assert metric.help
         assert metric.fact
+        assert set(metric.values) <= set(metric.labels)
+        assert not metric.vanishes or (metric.kind == "gauge" and "instance" in metric.labels)
+
+
+# What vllm/v1/metrics/loggers.py of 0.32 has; a dashboard made for vLLM may name any of them.
+VLLM_BOUNDS = {
+    "time_to_first_token_seconds": (
+        0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,
+        40, 80, 160, 640, 2560,
+    ),
+    "inter_token_latency_seconds": (
+        0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+        80,
+    ),
+    "e2e_request_latency_seconds": (
+        0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920,
+        7680,
+    ),
+    "request_params_n": (1, 2, 5, 10, 20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(VLLM_BOUNDS))
+def test_buckets_are_vllms_and_more(name):
+    (metric,) = [metric for metric in TABLE if metric.vllm and metric.vllm.name == name]
+    assert set(VLLM_BOUNDS[name]) <= set(metric.buckets)
+
+
+def test_small_models_are_told_apart_by_the_buckets():
+    """No bucket is so wide that a quantile in it may be off by more than half."""
+    for name, low, high in (
+        ("time_to_first_token_seconds", 0.25, 5),
+        ("inter_token_latency_seconds", 0.01, 0.025),
+        ("e2e_latency_seconds", 0.2, 10),
+    ):
+        bounds = [bound for bound in BY_NAME[name].buckets if low <= bound <= high]
+        assert all(after <= 2 * before for before, after in pairwise(bounds)), name
 
 
 def test_dashboards_use_the_metrics_that_are_meant_for_them_and_no_others():
@@ -153,6 +198,7 @@ def test_buckets_add_up_on_the_page():
 
 def test_an_instances_counters_go_on_when_it_starts_again():
     metrics = Metrics("m")
+    metrics.instance_ready(ONE, READY)
     metrics.step(ONE, view(), 0.5)
     metrics.step(ONE, view(num_steps=8, num_preemptions=2), 0.5)
     metrics.instance_down(ONE)
@@ -163,6 +209,43 @@ def test_an_instances_counters_go_on_when_it_starts_again():
     page = metrics.render()
     assert list(samples(page, "hocket_steps_total").values()) == [9]
     assert list(samples(page, "hocket_preemptions_total").values()) == [3]
+
+
+@pytest.mark.parametrize("metric", GAUGES_OF_INSTANCES, ids=lambda metric: metric.name)
+def test_what_an_instance_said_is_not_said_when_it_is_down(metric):
+    metrics = Metrics("m")
+    name = f"{metric.exposed_name}{{"
+    for instance in (ONE, InstanceId("i1")):
+        metrics.instance_ready(instance, READY)
+        metrics.step(instance, view(num_waiting=3, num_deferred=1), 0.5)
+    before = samples(metrics.render(), name)
+    of_one = {series: value for series, value in before.items() if 'instance="i0"' in series}
+    assert all(of_one.values())
+    assert of_one
+    metrics.instance_down(ONE)
+    after = samples(metrics.render(), name)
+    assert {series for series in after if 'instance="i1"' in series} == set(before) - set(of_one)
+    if metric.vanishes:
+        assert not after.keys() & of_one.keys()
+    else:
+        assert {series: after[series] for series in of_one} == dict.fromkeys(of_one, 0)
+
+
+def test_only_the_last_incarnations_configuration_is_shown():
+    metrics = Metrics("m")
+    metrics.instance_ready(ONE, READY)
+    metrics.instance_ready(ONE, msgspec.structs.replace(READY, dtype="bfloat16"))
+    (series,) = samples(metrics.render(), "hocket_config_info")
+    assert 'dtype="bfloat16"' in series
+
+
+def test_waiting_requests_are_told_apart():
+    metrics = Metrics("m")
+    metrics.step(ONE, view(num_waiting=5, num_deferred=2), 0.5)
+    found = samples(metrics.render_vllm(), "vllm:num_requests_waiting_by_reason{")
+    assert [(series.partition('reason="')[2][:8], n) for series, n in found.items()] == [
+        ("capacity", 3), ("deferred", 2),
+    ]  # fmt: skip
 
 
 def test_blocks_are_in_one_state_each():
@@ -201,7 +284,20 @@ def test_rates_see_the_first_event():
     for name in ("requests_total", "request_rejections_total", "preemptions_total"):
         values = samples(page, f"hocket_{name}")
         assert set(values.values()) <= {0}
-    assert len(samples(page, "hocket_requests_total")) == 6
+    assert len(samples(page, "hocket_requests_total")) == 2 * 6
+    for route in ("/v1/completions", "/v1/chat/completions"):
+        for status in (200, 400, 429, 500, 503):
+            labels = f'model="m",route="{route}",status="{status}"'
+            assert samples(page, f"hocket_http_requests_total{{{labels}}}") != {}
+
+
+def test_rates_of_an_instance_see_its_first_event():
+    metrics = Metrics("m")
+    metrics.instance_ready(ONE, READY)
+    page = metrics.render()
+    for metric in TABLE:
+        if "instance" in metric.labels:
+            assert samples(page, f"hocket_{metric.name}"), metric.name
 
 
 def test_two_servers_in_one_process_do_not_meet():
@@ -215,7 +311,7 @@ def test_two_servers_in_one_process_do_not_meet():
 
 
 def test_the_times_of_a_request_add_up():
-    marks = RequestMarks(arrived_at_s=10.0)
+    marks = RequestMarks(arrived_at_s=9.0, taken_at_s=10.0)
     assert marks.times().ttft_s is None
     assert marks.times().inference_s is None
     marks.started(0.5)
@@ -226,6 +322,7 @@ def test_the_times_of_a_request_add_up():
     assert marks.token(15.0) == 2.0
     marks.ended(16.0)
     times = marks.times()
-    assert (times.queue_s, times.ttft_s, times.prefill_s) == (0.5, 2.0, 1.5)
+    assert (times.intake_s, times.queue_s) == (1.0, 0.5)
+    assert (times.ttft_s, times.prefill_s) == (3.0, 1.5)
     assert (times.decode_s, times.inference_s, times.tpot_s) == (3.0, 4.5, 1.5)
-    assert (times.e2e_s, times.num_tokens) == (6.0, 3)
+    assert (times.e2e_s, times.num_tokens) == (7.0, 3)
