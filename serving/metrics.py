@@ -20,7 +20,7 @@ from serving.cluster.times import RequestTimes
 from serving.telemetry.page import CONTENT_TYPE as CONTENT_TYPE
 from serving.telemetry.page import Page
 from serving.telemetry.store import MetricStore
-from serving.telemetry.table import TABLE, Endpoint
+from serving.telemetry.table import REJECTED, TABLE, Endpoint
 
 _MAX_UNKNOWN_FIELDS = 50
 _OTHER = "other"
@@ -160,6 +160,11 @@ class Metrics:
     def rejected(self, reason: RejectReason | str) -> None:
         """A request was refused before it ran; `reason` is one of few, never a client's word."""
         self._store.number("request_rejections", str(reason)).add()
+
+    def turned_away(self, endpoint: Endpoint, reason: str) -> None:
+        """A call was refused before there were requests of it, so that none of them will end."""
+        self.rejected(reason)
+        self._store.number("requests", endpoint, REJECTED).add()
 
     def started(self, num_prompt_tokens: int, num_cached_tokens: int, queue_s: float) -> None:
         """A request's first step is complete; comes before its first token."""

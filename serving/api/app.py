@@ -27,6 +27,7 @@ from serving.api.turns import Turns
 from serving.api.version import VERSION
 from serving.errors import InvalidRequest, RequestError
 from serving.ports import PortRules
+from serving.telemetry.table import Endpoint
 
 # Echoed input is cut: a small body must not make a large answer.
 _MAX_ERRORS = 5
@@ -34,12 +35,12 @@ _MAX_MESSAGE_CHARS = 200
 
 
 def create_app(service: Service, rules: PortRules) -> FastAPI:
-    def gate(app: ASGIApp) -> ASGIApp:
-        return Gate(app, service.admission, service.driver, service.metrics.rejected)
+    def gate(endpoint: Endpoint) -> Callable[[ASGIApp], ASGIApp]:
+        return lambda app: Gate(app, service.admission, service.driver, service.metrics, endpoint)
 
     routers = [
-        _wrapped(completions.router(service), gate),
-        _wrapped(chat.router(service), gate),
+        _wrapped(completions.router(service), gate(Endpoint.COMPLETIONS)),
+        _wrapped(chat.router(service), gate(Endpoint.CHAT)),
         _wrapped(tokenize.router(service), Turns().of),
         models.router(service),
         status.router(service),

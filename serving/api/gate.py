@@ -7,7 +7,7 @@ came. What the bounds are is `serving.admission`'s.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,18 +25,25 @@ from serving.api.responses import json_response
 from serving.api.watch import Clock
 from serving.cluster.driver import ClusterDriver
 from serving.errors import InvalidRequest, RequestError, TooManyRequests, Unavailable
-from serving.telemetry.table import DRAINING, NO_INSTANCE, QUEUE_TIMEOUT
+from serving.metrics import Metrics
+from serving.telemetry.table import DRAINING, NO_INSTANCE, QUEUE_TIMEOUT, Endpoint
 
 
 class Pass:
     """A ticket, for those who have something to say of it: its size, its start, its end."""
 
     def __init__(
-        self, admission: Admission, ticket: Ticket, on_refused: Callable[[str], None], clock: Clock
+        self,
+        admission: Admission,
+        ticket: Ticket,
+        metrics: Metrics,
+        endpoint: Endpoint,
+        clock: Clock,
     ) -> None:
         self._admission = admission
         self._ticket = ticket
-        self._on_refused = on_refused
+        self._metrics = metrics
+        self._endpoint = endpoint
         self._clock = clock
 
     @property
@@ -47,7 +54,7 @@ class Pass:
         """Tell the prompt tokens of each request. Raises RequestError when it is too much now."""
         refusal = self._admission.correct(self._ticket, sizes, self._clock())
         if refusal is not None:
-            self._on_refused(refusal.label)
+            self._metrics.turned_away(self._endpoint, refusal.label)
             raise error_of(refusal)
 
     def started(self, request_id: RequestId) -> None:
@@ -63,7 +70,7 @@ class Pass:
         """
         if not self._admission.is_overdue(self._ticket, now):
             return None
-        self._on_refused(QUEUE_TIMEOUT)
+        self._metrics.rejected(QUEUE_TIMEOUT)
         retry_after_s = self._admission.retry_after_s(self._ticket.request_id, now)
         return Unavailable(
             "the request waited too long for its turn; try again later",
@@ -76,7 +83,7 @@ class Gate:
     """Wraps the application of one route; inside of it `pass_of` has the request's ticket.
 
     By then the tenant is known and the body is there, so that a client that sends slowly takes no
-    place in the queue. `on_refused` is told one of few words, never a client's.
+    place in the queue.
     """
 
     def __init__(
@@ -84,13 +91,15 @@ class Gate:
         app: ASGIApp,
         admission: Admission,
         driver: ClusterDriver,
-        on_refused: Callable[[str], None],
+        metrics: Metrics,
+        endpoint: Endpoint,
         clock: Clock = time.monotonic,
     ) -> None:
         self._app = app
         self._admission = admission
         self._driver = driver
-        self._on_refused = on_refused
+        self._metrics = metrics
+        self._endpoint = endpoint
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,7 +108,9 @@ class Gate:
             answer = json_response(entered.body(), entered.status, entered.headers())
             await answer(scope, receive, send)
             return
-        scope["state"]["entry"] = Pass(self._admission, entered, self._on_refused, self._clock)
+        scope["state"]["entry"] = Pass(
+            self._admission, entered, self._metrics, self._endpoint, self._clock
+        )
         try:
             await self._app(scope, receive, send)
         finally:
@@ -110,7 +121,7 @@ class Gate:
         request_id = state["request_id"]
         if not self._driver.ready:
             code = DRAINING if self._driver.draining else NO_INSTANCE
-            self._on_refused(code)
+            self._metrics.turned_away(self._endpoint, code)
             return Unavailable(
                 "the server is not taking requests now",
                 code=code,
@@ -119,7 +130,7 @@ class Gate:
         num_tokens = state["num_body_bytes"] // BYTES_PER_TOKEN
         entered = self._admission.enter(request_id, state["tenant"], num_tokens, now)
         if isinstance(entered, Refusal):
-            self._on_refused(entered.label)
+            self._metrics.turned_away(self._endpoint, entered.label)
             return error_of(entered)
         return entered
 
