@@ -249,7 +249,12 @@ def test_the_token_that_an_echo_alone_computes_counts_for_nothing():
         assert server.metric("hocket_prompt_tokens_total") == 5
         assert server.metric("hocket_generation_tokens_total") == 0
         assert server.metric("hocket_request_generation_tokens_sum") == 0
-        assert server.metric('hocket_requests_total{model="m",endpoint="completions",outcome="length"}') == 2
+        assert (
+            server.metric(
+                'hocket_requests_total{endpoint="completions",model="m",outcome="length"}'
+            )
+            == 2
+        )
         await server.complete(max_tokens=1)
         assert server.metric("hocket_generation_tokens_total") == 1
 

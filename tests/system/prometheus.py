@@ -33,7 +33,7 @@ from loadgen.report.files import read_json
 from loadgen.servers import free_port, running
 from loadgen.types import Run
 from serving.telemetry.table import BY_NAME
-from tests.system.client_view import Known, Quantile, Total, counts, everything
+from tests.system.client_view import Known, Quantile, Total, Value, counts, everything
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = ROOT / "deploy/dashboards"
@@ -243,6 +243,8 @@ def compare(source: str, url: str, run: Run, name: str, known: Iterable[Known]) 
         true, why = abs(off) <= TOLERANCE, ""
         if not true and isinstance(item, Quantile):
             true, why = _in_bucket(item, value)
+        elif not true and isinstance(item, Value) and 0 <= client - value <= item.slack:
+            true, why = True, f"{1000 * (client - value):.1f} ms on the way"
         print(f"{shown:56} {value:10.4f} {client:10.4f} {off:8.1%}  {why}")
         if not true:
             problems.append(f"{name} / {shown}: {value:g}, the client saw {client:g}")
