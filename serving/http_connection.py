@@ -24,6 +24,8 @@ from serving.errors import (
 
 # Of one head while it is incomplete; the application checks those that come in one piece.
 MAX_HEAD_BYTES = 64 << 10
+# Of what a client sends on while it waits for an answer: its next requests, or nothing of sense.
+MAX_AHEAD_BYTES = 64 << 10
 
 MAX_CONNECTIONS = 8192
 _RESERVED_FILES = 64  # descriptors for all else than connections
@@ -69,11 +71,26 @@ class Connection(H11Protocol):
             self._time_head()
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.MUST_CLOSE:  # it said that its request was the last
+            return
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._time_head()
         else:
             self._stop_timing()
+
+    def handle_events(self) -> None:
+        """A hook of uvicorn, for what has come. Who waits for an answer is listened to all the time.
+
+        uvicorn reads no more while something lies behind a whole request, even a line end; then
+        asyncio does not notice that the client hangs up, and its answer is computed for nobody.
+        """
+        super().handle_events()
+        if self.flow.read_paused and self._is_answering():
+            if len(self.conn.trailing_data[0]) > MAX_AHEAD_BYTES:
+                self.transport.abort()
+            else:
+                self.flow.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timing()
@@ -96,6 +113,11 @@ class Connection(H11Protocol):
         if soft == resource.RLIM_INFINITY:
             return self.max_connections
         return min(self.max_connections, soft - _RESERVED_FILES)
+
+    def _is_answering(self) -> bool:
+        """Whether a request has come whole and its answer has not gone."""
+        cycle = self.cycle
+        return cycle is not None and not cycle.more_body and not cycle.response_complete
 
     def _time_head(self) -> None:
         if self._head_timer is None:
