@@ -33,6 +33,7 @@ from scheduler.types import (
     FinishedEvent,
     FinishReason,
     InstanceId,
+    PromptLogprobs,
     RejectReason,
     RequestId,
     RequestSpec,
@@ -55,6 +56,9 @@ from serving.text.detokenizer import PLAIN_TEXT, Shown
 from serving.text.tokenizer import TextCodec
 
 log = logging.getLogger(__name__)
+
+# What the client is told when we cannot make an answer of its tokens; the log says why.
+_NO_ANSWER = "no answer could be made of its tokens"
 
 
 class ClusterDriver:
@@ -82,6 +86,7 @@ class ClusterDriver:
         self._idle.set()
         self._up_at_s = 0.0  # when an instance should be up again, while none is
         self.draining = False
+        self._has_cut_off = False  # a request that had been accepted, since the drain began
 
     @property
     def ready(self) -> bool:
@@ -176,7 +181,7 @@ class ClusterDriver:
         return len(self._streams)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and let those accepted end. False if some had to be cut off."""
+        """Refuse new requests and let those accepted end. False if some were cut off or failed."""
         self.begin_drain()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -184,8 +189,7 @@ class ClusterDriver:
             for request_id in self._streams.open_ids():
                 self._fail(request_id, Unavailable("the server shut down", code="draining"))
                 self._handle(Cancelled(request_id))
-            return False
-        return True
+        return not self._has_cut_off
 
     async def inspect(self, timeout_s: float) -> dict[str, Any]:
         """Return what instances, streams and the cluster scheduler hold, for people to read.
@@ -268,9 +272,7 @@ class ClusterDriver:
         for started in report.started:
             self._on_started(started)
         for scored in report.prompt_logprobs:
-            stream = self._streams.get(scored.request_id)
-            if stream is not None:
-                stream.take_prompt_logprobs(scored.start, scored.positions)
+            self._on_prompt_logprobs(scored)
         for token in report.tokens:
             self._on_token(token, now)
         for finished in report.finished:
@@ -291,6 +293,15 @@ class ClusterDriver:
             num_prompt_tokens = len(stream.spec.prompt_token_ids)
             self._metrics.started(num_prompt_tokens, event.num_cached_tokens, event.queue_s)
 
+    def _on_prompt_logprobs(self, event: PromptLogprobs) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is None:
+            return
+        try:
+            stream.take_prompt_logprobs(event.start, event.positions)
+        except Exception as error:  # noqa: BLE001
+            self._break_off(stream, error)
+
     def _on_token(self, event: TokenEvent, now: float) -> None:
         stream = self._streams.get(event.request_id)
         if stream is None:  # its client left while the step ran
@@ -300,7 +311,12 @@ class ClusterDriver:
             self._metrics.first_token(stream.times)
         else:
             self._metrics.next_token(gap_s)
-        if stream.deliver(event.output_index, event.token_id, event.logprobs):
+        try:
+            is_stopped = stream.deliver(event.output_index, event.token_id, event.logprobs)
+        except Exception as error:  # noqa: BLE001
+            self._break_off(stream, error)
+            return
+        if is_stopped:
             self._end(stream, FinishReason.STOP)
             self._handle(Cancelled(event.request_id, stream.num_tokens))
 
@@ -318,8 +334,19 @@ class ClusterDriver:
     # --- the ends of streams ---
 
     def _end(self, stream: RequestStream, reason: FinishReason) -> None:
-        stream.finish(reason)
-        self._forget(stream, reason.value)
+        try:
+            stream.finish(reason)
+        except Exception as error:  # noqa: BLE001
+            self._break_off(stream, error)
+        else:
+            self._forget(stream, reason.value)
+
+    def _break_off(self, stream: RequestStream, error: Exception) -> None:
+        """A fault of ours with one request ends this one alone: its neighbours go on."""
+        request_id = stream.spec.request_id
+        log.error("no answer could be made for request %s", request_id, exc_info=error)
+        self._fail(request_id, GenerationFailed(_NO_ANSWER))
+        self._handle(Cancelled(request_id))
 
     def _reject(self, request_id: RequestId, reason: RejectReason) -> None:
         self._metrics.rejected(reason)
@@ -328,6 +355,7 @@ class ClusterDriver:
     def _fail(self, request_id: RequestId, error: RequestError, outcome: str = "error") -> None:
         stream = self._streams.get(request_id)
         if stream is not None:
+            self._has_cut_off |= self.draining and outcome == "error"
             stream.fail(error)
             self._forget(stream, outcome)
 

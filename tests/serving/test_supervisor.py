@@ -207,7 +207,7 @@ def test_a_server_that_drains_starts_nothing():
         draining = asyncio.ensure_future(fleet.driver.drain(timeout_s=5))
         await asyncio.sleep(0)
         fleet.fail()
-        assert await draining
+        assert not await draining, "a request that was accepted did not end well"
         await asyncio.sleep(0.01)
         assert len(fleet.handles) == 1
 
