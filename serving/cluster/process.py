@@ -38,6 +38,7 @@ from scheduler.types import InstanceId
 from serving.cluster import wire
 from serving.cluster.child import PROGRAM, Child
 from serving.cluster.frames import FrameDecoder, FrameError, frame
+from serving.cluster.handle import ended_while_starting, one_line
 from serving.cluster.output import OutputRelay
 from serving.cluster.watchdog import Watchdog
 from serving.errors import UserError
@@ -53,7 +54,6 @@ _KILL_GRACE_S = 2.0  # for the kernel to take down one that it was told to kill
 _DUMP_S = 0.2  # for a stuck process to write where it is
 _OUTPUT_GRACE_S = 0.2  # for its last words
 _POLL_S = 0.005
-_MAX_CAUSE_CHARS = 500
 _DUMP_SIGNAL = signal.SIGUSR2  # `serving.instance` obeys it
 
 
@@ -201,7 +201,7 @@ class ProcessHandle:
             self._child.signal(_DUMP_SIGNAL)
             await asyncio.sleep(_DUMP_S)
         await self._take_down(end.grace_s)
-        cause = _one_line(end.cause or self._child.how_it_ended(self._output.last_line))
+        cause = one_line(end.cause or self._child.how_it_ended(self._output.last_line))
         if self._started.cancelled():  # nobody waits for it any more
             return
         if self._started.done():
@@ -210,12 +210,7 @@ class ProcessHandle:
             self._started.set_exception(UserError(cause, end.remedy))
         else:
             log.debug("%s ended while it started:\n%s", self.instance_id, end.trace)
-            self._started.set_exception(
-                UserError(
-                    f"the process of the model ended while it started: {cause}",
-                    "if memory ran out lower --kv-memory, else see above what it printed",
-                )
-            )
+            self._started.set_exception(ended_while_starting(cause))
 
     async def _take_down(self, grace_s: float) -> None:
         """Return when the process is gone and what it printed was read; close what was ours."""
@@ -275,7 +270,3 @@ class _Received(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._on_closed()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_MAX_CAUSE_CHARS]

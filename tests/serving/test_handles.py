@@ -194,7 +194,11 @@ def test_the_failure_comes_last_and_tells_the_cause(make_handle):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("no-memory", ("not enough memory", "buy some")), ("no-format", ("no model", "another"))],
+    [
+        ("no-memory", ("not enough memory", "buy some")),
+        ("no-format", ("no model", "another")),
+        ("raises", ("RuntimeError: a fault of ours", "--kv-memory")),
+    ],
 )
 def test_what_cannot_start_says_why_and_what_to_do(make_handle, name, words):
     async def run():
@@ -204,6 +208,23 @@ def test_what_cannot_start_says_why_and_what_to_do(make_handle, name, words):
         await handle.stop()
         assert words[0] in error.value.cause
         assert words[1] in error.value.remedy
+
+    asyncio.run(run())
+
+
+def test_a_stop_while_it_starts_ends_the_start(make_handle):
+    async def run():
+        handle, reports = make_handle("slow"), []
+        starting = asyncio.ensure_future(handle.start(reports.append))
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(20):
+            await handle.stop()
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+            await handle.stop()
+        handle.send(Submit(make_spec("a")))
+        await asyncio.sleep(0.05)
+        assert not reports
 
     asyncio.run(run())
 
