@@ -1,7 +1,8 @@
 """An instance in a process of its own, behind a socket: one connection is one incarnation.
 
-End of file is its death; so are garbage, unread commands and work owed without a step. Whatever the
-way, the process is gone before `Failed` is reported, and nothing follows.
+End of file is its death, and so is the kernel's word that the process is gone, garbage, unread
+commands and work owed without a step. Whatever the way, the process is gone before `Failed` is
+reported, and nothing follows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import time
 import traceback
@@ -53,6 +55,7 @@ _END_GRACE_S = 1.0  # for a process that is to end by itself, to finish its step
 _KILL_GRACE_S = 2.0  # for the kernel to take down one that it was told to kill
 _DUMP_S = 0.2  # for a stuck process to write where it is
 _OUTPUT_GRACE_S = 0.2  # for its last words
+_EOF_GRACE_S = 0.1  # from its exit to the end of what it sent, all of which is there
 _POLL_S = 0.005
 _DUMP_SIGNAL = signal.SIGUSR2  # `serving.instance` obeys it
 
@@ -88,6 +91,7 @@ class ProcessHandle:
         self._on_report: Callable[[Report], None] = lambda _: None
         self._started: asyncio.Future[Ready] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._pidfd: int | None = None
         self._heard_at_s = 0.0
         self._ending: asyncio.Task[None] | None = None  # when this is set, all is over
 
@@ -108,6 +112,7 @@ class ProcessHandle:
             lambda: _Received(self._on_data, self._on_closed), sock=child.connection
         )
         self._transports.append(connection)
+        self._watch_exit(child)
         self._watching = loop.create_task(self._watch(self._started))
         ready = await self._started
         if self._ending is None:
@@ -176,6 +181,23 @@ class ProcessHandle:
     def _on_closed(self) -> None:
         self._end(_End(grace_s=_END_GRACE_S))
 
+    def _watch_exit(self, child: Child) -> None:
+        """Learn of its exit even if a process that it started holds the connection open."""
+        with contextlib.suppress(AttributeError, OSError):  # a system that has no such thing
+            self._pidfd = os.pidfd_open(child.pid)
+            asyncio.get_running_loop().add_reader(self._pidfd, self._on_exited)
+
+    def _on_exited(self) -> None:
+        self._unwatch_exit()
+        # The end of the connection usually comes with it, behind what it may have reported last.
+        asyncio.get_running_loop().call_later(_EOF_GRACE_S, self._on_closed)
+
+    def _unwatch_exit(self) -> None:
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+
     async def _watch(self, started: asyncio.Future[Ready]) -> None:
         while self._ending is None:
             await asyncio.sleep(self._watchdog.interval_s)
@@ -222,6 +244,7 @@ class ProcessHandle:
             await asyncio.wait_for(self._output.ended.wait(), _OUTPUT_GRACE_S)
         if self._watching is not None:
             self._watching.cancel()
+        self._unwatch_exit()
         for transport in self._transports:
             transport.close()
         self._child.close()

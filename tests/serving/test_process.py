@@ -21,6 +21,7 @@ from serving.cluster.process import ProcessHandle
 from serving.errors import UserError
 from tests.factories import make_spec
 from tests.serving.checksum_instance import PROGRAM
+from tests.serving.servers import children_of
 from tests.serving.test_handles import Served
 
 ENDLESS = make_spec("a", max_tokens=250)
@@ -68,6 +69,50 @@ def test_one_that_is_killed_is_named_with_the_signal():
         os.kill(instance.handle.pid, signal.SIGKILL)
 
     assert failure_of(scenario).cause == "killed by SIGKILL"
+
+
+FORKS = """
+import os, runpy, time
+if os.fork() == 0:
+    time.sleep(60)
+    os._exit(0)
+runpy.run_module("tests.serving.checksum_instance", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_death_is_seen_though_a_grandchild_holds_the_connection():
+    grandchildren = []
+
+    async def scenario(instance):
+        grandchildren.extend(children_of(instance.handle.pid))
+        instance.submit(ENDLESS)
+        await instance.until(lambda: instance.events("tokens"))
+        os.kill(instance.handle.pid, signal.SIGKILL)
+
+    try:
+        assert failure_of(scenario, program=("-c", FORKS)).cause == "killed by SIGKILL"
+        (grandchild,) = grandchildren
+        assert not is_gone(grandchild)
+    finally:
+        for pid in grandchildren:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_the_connection_is_not_handed_down_to_what_it_starts():
+    async def run():
+        async with Served(make_handle()) as instance:
+            process = Path(f"/proc/{instance.handle.pid}")
+            sockets = [
+                link.name
+                for link in (process / "fd").iterdir()
+                if str(link.readlink()).startswith("socket:")
+            ]
+            assert sockets
+            for number in sockets:
+                words = (process / "fdinfo" / number).read_text().split()
+                assert int(words[words.index("flags:") + 1], 8) & os.O_CLOEXEC
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(
