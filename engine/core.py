@@ -20,6 +20,8 @@ from engine.messages import (
     Failed,
     Inspect,
     Inspected,
+    Ping,
+    Pong,
     Report,
     StepEvents,
     Stop,
@@ -135,6 +137,8 @@ class EngineCore:
                 event = self._scheduler.abort(request_id, num_output_tokens)
             case Inspect(number):
                 self._emit(Inspected(number, self._scheduler.state()))
+            case Ping():
+                self._emit(Pong())
             case Stop():
                 self._stopping = True
         if event is not None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, assert_never
 
 from engine import messages
-from engine.messages import Failed, Inspected, Ready, Report, StepEvents
+from engine.messages import Failed, Inspected, Pong, Ready, Report, StepEvents
 from scheduler.cluster.events import (
     Abort,
     Arrived,
@@ -262,7 +262,7 @@ class ClusterDriver:
                 self._handle(InstanceDown(instance_id))
             case Inspected(number, state):
                 self._inspections.answered(number, state)
-            case Ready():
+            case Ready() | Pong():
                 pass
             case _:
                 assert_never(report)

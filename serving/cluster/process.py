@@ -28,6 +28,8 @@ from engine.messages import (
     Inspected,
     PhaseAdvanced,
     PhaseBegun,
+    Ping,
+    Pong,
     Ready,
     Report,
     StartReport,
@@ -162,6 +164,8 @@ class ProcessHandle:
             case StepEvents():
                 self._watchdog.progressed(message, self._heard_at_s)
                 self._on_report(message)
+            case Pong():
+                self._watchdog.answered(self._heard_at_s)
             case Inspected():
                 self._on_report(message)
             case Failed(cause, trace):
@@ -207,6 +211,8 @@ class ProcessHandle:
                 wrong = f"it said nothing for {self._startup_timeout_s:g} s while it started"
             if wrong is not None:
                 self._end(_End(wrong, is_stuck=True))
+            elif self._commands is not None and self._watchdog.wants_ping(now):
+                self.send(Ping())
 
     # --- its end ---
 

@@ -8,7 +8,18 @@ import msgspec
 import pytest
 
 from engine.core import EngineCore
-from engine.messages import Abort, Failed, Inspect, Inspected, Ready, StepEvents, Stop, Submit
+from engine.messages import (
+    Abort,
+    Failed,
+    Inspect,
+    Inspected,
+    Ping,
+    Pong,
+    Ready,
+    StepEvents,
+    Stop,
+    Submit,
+)
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import (
     FinishedEvent,
@@ -261,6 +272,7 @@ def test_bytes_that_are_no_message_are_refused(data):
         Abort(RequestId("a")),
         Abort(RequestId("a"), 7),
         Inspect(3),
+        Ping(),
         Stop(),
     ],
 )
@@ -272,6 +284,7 @@ def test_commands_survive_the_wire(command):
     "report",
     [
         Failed("why"),
+        Pong(),
         Ready("m", "float32", "cpu", 256, make_geometry()),
         Inspected(3, {"waiting": [], "running": {"a": 1}}),
         StepEvents(

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from engine.config import EngineConfig
-from engine.messages import Abort, Failed, Inspect, Inspected, StepEvents, Stop, Submit
+from engine.messages import Abort, Failed, Inspect, Inspected, Ping, StepEvents, Stop, Submit
 from engine.startup import StartupTimes
 from scheduler.types import FinishReason, InstanceId, RejectReason, RequestId
 from serving.cluster.inproc import InProcessHandle
@@ -130,6 +130,24 @@ def test_a_question_is_answered_under_its_number(make_handle):
         (answer,) = instance.reports
         assert isinstance(answer, Inspected)
         assert answer.number == 7
+
+    served(make_handle, scenario)
+
+
+def test_a_ping_is_answered_idle_or_at_work(make_handle):
+    """By reports, or inside of the handle; and what runs goes on."""
+    spec = make_spec("a", max_tokens=100)
+
+    async def scenario(instance):
+        for _ in range(3):
+            instance.handle.send(Ping())
+        instance.submit(spec)
+        instance.handle.send(Ping())
+        await instance.until(lambda: instance.events("tokens"))
+        instance.handle.send(Ping())
+        await instance.until_ended("a")
+        assert instance.tokens("a") == solo(spec)[0]
+        assert not [report for report in instance.reports if isinstance(report, Failed)]
 
     served(make_handle, scenario)
 

@@ -135,7 +135,7 @@ def test_one_that_ends_by_itself_is_named_with_its_last_words(name, words, caplo
 @pytest.mark.parametrize("freezes", [True, False], ids=["frozen", "hanging"])
 def test_one_that_owes_a_step_for_too_long_is_taken_down(freezes, caplog):
     async def scenario(instance):
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.8)
         assert not instance.reports, "who owes nothing may rest"
         instance.submit(make_spec("hangs" if not freezes else "a", max_tokens=250))
         if freezes:
@@ -145,6 +145,13 @@ def test_one_that_owes_a_step_for_too_long_is_taken_down(freezes, caplog):
     assert failed.cause == "no step for 0.3 s with 1 request"
     if not freezes:
         assert any("in go_wrong" in message for message in caplog.messages), "it says where it was"
+
+
+def test_one_that_is_frozen_and_owes_nothing_is_taken_down():
+    async def scenario(instance):
+        os.kill(instance.handle.pid, signal.SIGSTOP)
+
+    assert failure_of(scenario, watchdog_timeout_s=0.4).cause == "no sign of life for 0.4 s"
 
 
 @pytest.mark.parametrize("name", ["raises", "exits"])
