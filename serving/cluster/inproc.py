@@ -86,9 +86,7 @@ class InProcessHandle:
                 self._core.run()
 
 
-def _settle(
-    started: asyncio.Future[Ready], ready: Ready | None, refusal: UserError | None
-) -> None:
+def _settle(started: asyncio.Future[Ready], ready: Ready | None, refusal: UserError | None) -> None:
     """Tell who waits in start() how it went, unless nobody does any more."""
     if started.done():
         return

@@ -173,7 +173,7 @@ def test_a_fault_of_ours_with_one_request_ends_that_one_alone(fault, caplog):
         assert sum(len(delta.token_ids) for _, delta in deltas) == 30
         assert driver.alive
         async with asyncio.timeout(20):  # its place is free again
-            while (await driver.inspect(5))["cluster"]["assigned"]:
+            while (await driver.inspect(5))["cluster"]["assigned"]:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         group = driver.submit([make_spec("c")], [])
         fault(group.streams[0])

@@ -11,7 +11,13 @@ import pytest
 import uvicorn
 
 from serving.api.body_limit import BodyLimit
-from serving.http_connection import MAX_HEAD_BYTES, Connection, raise_file_limit
+from serving.errors import UserError
+from serving.http_connection import (
+    MAX_HEAD_BYTES,
+    Connection,
+    check_file_limit,
+    raise_file_limit,
+)
 from tests.serving.raw import Answer, receive
 
 
@@ -254,7 +260,7 @@ def test_pipelined_requests_are_answered_and_too_many_are_cut_off():
         app.began.clear()
         writer.write(WHOLE)
         await app.began.wait()
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionError):  # noqa: PT012 (whichever write notices it)
             while True:
                 writer.write(WHOLE * 100)
                 await writer.drain()
@@ -299,7 +305,7 @@ def test_a_body_that_does_not_come_is_408(monkeypatch, declares):
 
 @pytest.mark.parametrize(
     ("soft", "hard", "raised"),
-    [(256, 1024, 1024), (256, 20_000, 8256), (9000, 20_000, 9000), (-1, -1, -1), (256, -1, 8256)],
+    [(256, 1024, 1024), (256, 20_000, 8320), (9000, 20_000, 9000), (-1, -1, -1), (256, -1, 8320)],
 )
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch, soft, hard, raised):
     limits = {resource.RLIMIT_NOFILE: (soft, hard)}
@@ -307,3 +313,24 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch, soft
     monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
     raise_file_limit()
     assert limits[resource.RLIMIT_NOFILE] == (raised, hard)
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_clients"), [(144, 16), (1024, 896), (1280, None), (-1, None)]
+)
+def test_too_few_open_files_for_the_streams_are_said_once(monkeypatch, caplog, limit, num_clients):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    check_file_limit(1152)
+    if num_clients is None:
+        assert not caplog.messages
+    else:
+        (line,) = caplog.messages
+        assert f"{limit} files: {num_clients} clients can connect, fewer than the 1152" in line
+
+
+def test_a_limit_of_open_files_that_leaves_none_for_clients_is_the_users(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    with pytest.raises(UserError, match="may open 40 files"):
+        check_file_limit(1152)

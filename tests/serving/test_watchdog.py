@@ -1,4 +1,4 @@
-"""When an instance that owes something has been quiet for too long, on a clock that the test holds."""
+"""When an instance that owes something was quiet for too long, on a clock that the test holds."""
 
 from __future__ import annotations
 
