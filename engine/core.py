@@ -41,6 +41,10 @@ from scheduler.types import (
     TokenEvent,
 )
 
+# In one report. Each takes some 300 bytes with 20 likeliest tokens, and whoever reads a report does
+# nothing else meanwhile; steps of ordinary size have fewer.
+MAX_SCORED_POSITIONS = 4096
+
 
 class StepScheduler(Protocol):
     """What the loop asks of a scheduler: `InstanceScheduler`, or one that writes it down."""
@@ -80,6 +84,7 @@ class EngineCore:
         self._depth = depth
         self._clock = clock
         self._in_flight: deque[StepPlan] = deque()
+        self._view = scheduler.view()  # as reported last
         self._stopping = False
 
     def run(self) -> None:
@@ -145,14 +150,38 @@ class EngineCore:
             events.append(event)
 
     def _report(self, events: list[RequestEvent], step_s: float) -> None:
+        scores = [event for event in events if isinstance(event, PromptLogprobs)]
+        *parts, last = _bounded(scores)
+        started = [event for event in events if isinstance(event, StartedEvent)]
+        for part in parts:  # the step is complete with the last
+            self._emit(StepEvents(started, part, [], [], [], self._view, step_s=0.0))
+            started = []
+        self._view = self._scheduler.view()
         self._emit(
             StepEvents(
-                started=[event for event in events if isinstance(event, StartedEvent)],
-                prompt_logprobs=[event for event in events if isinstance(event, PromptLogprobs)],
+                started=started,
+                prompt_logprobs=last,
                 tokens=[event for event in events if isinstance(event, TokenEvent)],
                 finished=[event for event in events if isinstance(event, FinishedEvent)],
                 rejected=[event for event in events if isinstance(event, RejectedEvent)],
-                view=self._scheduler.view(),
+                view=self._view,
                 step_s=step_s,
             )
         )
+
+
+def _bounded(scores: list[PromptLogprobs]) -> list[list[PromptLogprobs]]:
+    """Return the scores in as many lists as it takes for none to be too long; at least one."""
+    lists: list[list[PromptLogprobs]] = [[]]
+    room = MAX_SCORED_POSITIONS
+    for event in scores:
+        at = 0
+        while at < len(event.positions):
+            if not room:
+                lists.append([])
+                room = MAX_SCORED_POSITIONS
+            positions = event.positions[at : at + room]
+            lists[-1].append(event._replace(start=event.start + at, positions=positions))
+            at += len(positions)
+            room -= len(positions)
+    return lists
