@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
-# A report has at most 4,096 prompt tokens with 20 log-probabilities each, 1.3 MB, and a prompt takes
+# A report has at most 4,096 prompt tokens with 20 log-probabilities each, 1.3 MB, and a prompt has
 # at most 5 bytes a token: so large a frame is garbage.
 MAX_FRAME_BYTES = 32 << 20
 

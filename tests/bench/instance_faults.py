@@ -4,11 +4,11 @@
 
 A server of the checksum executor over HTTP; half of the clients stream. For each round: how long
 until the server knows (`/health` is 503), until every request that ran has its error, and until it
-is ready again. After the last: all processes that the server has started, and its open files, against
-those before the first. Each restart waits for the first back-off only, as if every incarnation had
-served for a minute. Ends with 1 if a client saw anything but an answer, a proper error or 503; if a
-death was known or told later than 1 s after it, or a freeze later than 1 s after the limit; or on a
-leak.
+is ready again. After the last: all processes that the server has started, and its open files,
+against those before the first. Each restart waits for the first back-off only, as if every
+incarnation had served for a minute. Ends with 1 if a client saw anything but an answer, a proper
+error or 503; if a death was known or told later than 1 s after it, or a freeze later than 1 s after
+the limit; or on a leak.
 """
 
 from __future__ import annotations
