@@ -145,9 +145,8 @@ class Connection(H11Protocol):
         return False  # to nothing, and without uvicorn's lines in the log for each who asks
 
     def _is_answering(self) -> bool:
-        """Whether a request has come whole and its answer has not gone."""
-        cycle = self.cycle
-        return cycle is not None and not cycle.more_body and not cycle.response_complete
+        """Whether the last request has come whole, and its answer has not gone."""
+        return not self.cycle.more_body and not self.cycle.response_complete
 
     def _time_head(self) -> None:
         if self._head_timer is None:

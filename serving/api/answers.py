@@ -127,11 +127,8 @@ async def _chunks(
         seen.add(index)
         chunk = partial(form.chunk, first=first)
         make = partial(_choice, service, body, index, delta, stream, chunk, first=first)
-        choice: Any
-        if first and _has_scores(stream):
-            choice = await asyncio.to_thread(lambda make=make: in_pieces(make()))
-        else:
-            choice = make()
+        is_long = first and _has_scores(stream)
+        choice = await asyncio.to_thread(_in_pieces, make) if is_long else make()
         whole = head | {"choices": [choice]}
         if len(seen) == 1 and first:
             whole |= form.of_all(stream)
@@ -175,3 +172,7 @@ def _choice(
 def _has_scores(stream: RequestStream) -> bool:
     params = stream.spec.params
     return params.logprobs is not None or params.prompt_logprobs is not None
+
+
+def _in_pieces(make: Callable[[], dict[str, Any]]) -> Any:
+    return in_pieces(make())

@@ -39,7 +39,8 @@ class InProcessHandle:
 
     async def start(self, on_report: Callable[[Report], None]) -> Ready:
         loop = asyncio.get_running_loop()
-        started = self._started = loop.create_future()
+        started: asyncio.Future[Ready] = loop.create_future()
+        self._started = started
 
         def emit(report: Report) -> None:
             if self._through_wire:

@@ -103,7 +103,8 @@ class Supervisor:
         handle = self._make(self._incarnation)
         start_s = self._clock()
         try:
-            ready = await asyncio.wait_for(self._driver.start(handle), limit_s)
+            async with asyncio.timeout(limit_s):
+                ready = await self._driver.start(handle)
         except TimeoutError:
             await handle.stop()
             raise
