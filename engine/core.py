@@ -20,6 +20,8 @@ from engine.messages import (
     Failed,
     Inspect,
     Inspected,
+    Ping,
+    Pong,
     Report,
     StepEvents,
     Stop,
@@ -38,6 +40,10 @@ from scheduler.types import (
     StartedEvent,
     TokenEvent,
 )
+
+# In one report. Each takes some 300 bytes with 20 likeliest tokens, and whoever reads a report does
+# nothing else meanwhile; steps of ordinary size have fewer.
+MAX_SCORED_POSITIONS = 4096
 
 
 class StepScheduler(Protocol):
@@ -78,6 +84,7 @@ class EngineCore:
         self._depth = depth
         self._clock = clock
         self._in_flight: deque[StepPlan] = deque()
+        self._view = scheduler.view()  # as reported last
         self._stopping = False
 
     def run(self) -> None:
@@ -138,21 +145,47 @@ class EngineCore:
                 event = self._scheduler.abort(request_id, num_output_tokens)
             case Inspect(number):
                 self._emit(Inspected(number, self._scheduler.state()))
+            case Ping():
+                self._emit(Pong())
             case Stop():
                 self._stopping = True
         if event is not None:
             events.append(event)
 
     def _report(self, events: list[RequestEvent], step_s: float, plans_s: list[float]) -> None:
+        scores = [event for event in events if isinstance(event, PromptLogprobs)]
+        *parts, last = _bounded(scores)
+        started = [event for event in events if isinstance(event, StartedEvent)]
+        for part in parts:  # the step is complete with the last
+            self._emit(StepEvents(started, part, [], [], [], self._view, step_s=0.0))
+            started = []
+        self._view = self._scheduler.view()
         self._emit(
             StepEvents(
-                started=[event for event in events if isinstance(event, StartedEvent)],
-                prompt_logprobs=[event for event in events if isinstance(event, PromptLogprobs)],
+                started=started,
+                prompt_logprobs=last,
                 tokens=[event for event in events if isinstance(event, TokenEvent)],
                 finished=[event for event in events if isinstance(event, FinishedEvent)],
                 rejected=[event for event in events if isinstance(event, RejectedEvent)],
-                view=self._scheduler.view(),
+                view=self._view,
                 step_s=step_s,
                 plans_s=plans_s,
             )
         )
+
+
+def _bounded(scores: list[PromptLogprobs]) -> list[list[PromptLogprobs]]:
+    """Return the scores in as many lists as it takes for none to be too long; at least one."""
+    lists: list[list[PromptLogprobs]] = [[]]
+    room = MAX_SCORED_POSITIONS
+    for event in scores:
+        at = 0
+        while at < len(event.positions):
+            if not room:
+                lists.append([])
+                room = MAX_SCORED_POSITIONS
+            positions = event.positions[at : at + room]
+            lists[-1].append(event._replace(start=event.start + at, positions=positions))
+            at += len(positions)
+            room -= len(positions)
+    return lists

@@ -50,11 +50,15 @@ class Inspect(_Message, frozen=True):
     number: int
 
 
+class Ping(_Message, frozen=True):
+    """Say `Pong`: who owes nothing shows by it alone that it is there."""
+
+
 class Stop(_Message, frozen=True):
     """End the loop now; requests that still run are not reported."""
 
 
-Command = Submit | Abort | Inspect | Stop
+Command = Submit | Abort | Inspect | Ping | Stop
 
 
 class StepEvents(_Message, frozen=True):
@@ -88,6 +92,10 @@ class Inspected(_Message, frozen=True):
     state: dict[str, Any]
 
 
+class Pong(_Message, frozen=True):
+    """The loop goes round."""
+
+
 class Failed(_Message, frozen=True):
     """The instance ended for a reason it cannot mend; all its requests are lost."""
 
@@ -95,7 +103,7 @@ class Failed(_Message, frozen=True):
     trace: str = ""  # all that is known, for the log at debug: it may quote one
 
 
-Report = StepEvents | Inspected | Ready | Failed
+Report = StepEvents | Inspected | Pong | Ready | Failed
 
 
 # --- how an instance in a process of its own begins; nothing of this comes after Ready ---

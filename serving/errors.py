@@ -185,7 +185,7 @@ class Unavailable(RetryLater):
 
 
 class GenerationFailed(RequestError):
-    """The model could not compute this request; those beside it go on.
+    """The model could not compute this request, or we not its answer; those beside it go on.
 
     Why is for the log: what a model raises may quote requests, and names the machine's files.
     """
@@ -194,7 +194,7 @@ class GenerationFailed(RequestError):
     default_code = "generation_failed"
 
     def __init__(self) -> None:
-        super().__init__("the model failed on this request; the server's log says why")
+        super().__init__("this request could not be computed; the server's log says why")
 
     def headers(self) -> dict[str, str]:
         """Tell OpenAI's clients, which retry every 500, that this one would fail again."""

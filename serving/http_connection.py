@@ -6,6 +6,7 @@ Decides nothing about requests. What is no HTTP gets the same error object as an
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import secrets
 import sys
@@ -21,13 +22,24 @@ from serving.errors import (
     RequestError,
     RequestTimedOut,
     Unavailable,
+    UserError,
 )
+
+log = logging.getLogger(__name__)
 
 # Of one head while it is incomplete; the application checks those that come in one piece.
 MAX_HEAD_BYTES = 64 << 10
+# Of what a client sends on while it waits for an answer: its next requests, or nothing of sense.
+MAX_AHEAD_BYTES = 64 << 10
 
 MAX_CONNECTIONS = 8192
-_RESERVED_FILES = 64  # descriptors for all else than connections
+# Connections that the event loop accepts before it looks at those accepted. Each holds a descriptor
+# from then on, so a burst must not take what is reserved.
+ACCEPTS_AT_ONCE = 8
+# For all else: those accepted and not yet counted, about four turns of the loop, and some 40 for
+# the instance, also when it starts again, renderers, logs and operators.
+_RESERVED_FILES = 128
+_FEWEST_CONNECTIONS = 16
 
 _REASONS = {
     400: b"Bad Request",
@@ -49,6 +61,32 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
+def check_file_limit(max_num_streams: int) -> None:
+    """Raise the limit, and say if streams will lack connections. Raises UserError if all would."""
+    raise_file_limit()
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_connections = _room(MAX_CONNECTIONS)
+    if num_connections < _FEWEST_CONNECTIONS:
+        raise UserError(
+            f"this process may open {soft} files, which leaves none for clients",
+            f"raise the limit to {MAX_CONNECTIONS + _RESERVED_FILES}: ulimit -n, or LimitNOFILE",
+        )
+    if num_connections < min(max_num_streams, MAX_CONNECTIONS):
+        log.warning(
+            "this process may open %d files: %d clients can connect, fewer than the %d streams "
+            "of --max-num-streams; raise the limit (ulimit -n, LimitNOFILE)",
+            *(soft, num_connections, max_num_streams),
+        )
+
+
+def _room(max_connections: int) -> int:
+    """Return how many connections there may be."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return max_connections
+    return min(max_connections, soft - _RESERVED_FILES)
+
+
 class Connection(H11Protocol):
     """Whoever connects must send a whole head within a time: the first, and each after it began.
 
@@ -64,17 +102,32 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self._room():
+        if len(self.connections) > _room(self.max_connections):
             self._refuse(Unavailable("too many connections", code="too_many_connections"))
         else:
             self._time_head()
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.MUST_CLOSE:  # it said that its request was the last
+            return
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._time_head()
         else:
             self._stop_timing()
+
+    def handle_events(self) -> None:
+        """A hook of uvicorn, for what has come: listen to who waits for an answer all the time.
+
+        uvicorn reads no more while something lies behind a whole request, even a line end; then
+        asyncio does not notice that the client hangs up, and its answer is computed for nobody.
+        """
+        super().handle_events()
+        if self.flow.read_paused and self._is_answering():
+            if len(self.conn.trailing_data[0]) > MAX_AHEAD_BYTES:
+                self.transport.abort()
+            else:
+                self.flow.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timing()
@@ -92,11 +145,9 @@ class Connection(H11Protocol):
     def _should_upgrade(self) -> bool:
         return False  # to nothing, and without uvicorn's lines in the log for each who asks
 
-    def _room(self) -> int:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft == resource.RLIM_INFINITY:
-            return self.max_connections
-        return min(self.max_connections, soft - _RESERVED_FILES)
+    def _is_answering(self) -> bool:
+        """Whether the last request has come whole, and its answer has not gone."""
+        return not self.cycle.more_body and not self.cycle.response_complete
 
     def _time_head(self) -> None:
         if self._head_timer is None:

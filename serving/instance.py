@@ -53,8 +53,9 @@ def main(build: Build | None = None) -> NoReturn:
     _show_no_messages_of_exceptions()
     parser = argparse.ArgumentParser(prog="python -P -m serving.instance")
     parser.add_argument("--fd", type=int, required=True, help="of the socket to the driver")
-    connection = FrameConnection(socket.socket(fileno=parser.parse_args().fd))
-    status = run(connection, build)
+    driver = socket.socket(fileno=parser.parse_args().fd)
+    driver.set_inheritable(False)  # what a library may start must not keep it open after us
+    status = run(FrameConnection(driver), build)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

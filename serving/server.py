@@ -30,7 +30,6 @@ from serving.cluster.supervisor import Supervisor
 from serving.config import ServeConfig
 from serving.connections import set_options
 from serving.errors import RequestError
-from serving.http_connection import raise_file_limit
 from serving.http_server import HttpServer
 from serving.keys import watched
 from serving.metrics import Metrics
@@ -80,7 +79,6 @@ async def serve(
 
     supervisor = Supervisor(driver, make_handle)
     starting = asyncio.ensure_future(supervisor.start())
-    raise_file_limit()
     set_options(api.listener, config.slow_client_timeout_s)
     api_server = HttpServer(api)
     admin_server = None if admin is None else HttpServer(admin)

@@ -61,8 +61,10 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
         child.begin(config.engine)
         with times.phase("server", "importing"):
             from serving.api.service import Service
+            from serving.http_connection import check_file_limit
             from serving.ready import ready_block
             from serving.server import serve
+        check_file_limit(config.admission.max_num_streams)
 
         def on_ready(service: Service) -> None:
             seconds = service.ready.startup_s | times.seconds

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.responses import Response
@@ -15,13 +15,11 @@ from scheduler.types import FinishReason
 from serving.api import sse
 from serving.api.gate import pass_of
 from serving.api.logprobs import prompt_logprobs
-from serving.api.responses import json_response
+from serving.api.responses import in_pieces, json_response
 from serving.api.sampling import Body
 from serving.api.service import Service
 from serving.api.timings import server_timing, timings
 from serving.cluster.streams import Delta, RequestStream, StreamGroup
-
-T = TypeVar("T")
 
 
 class ChoiceForm(Protocol):
@@ -60,20 +58,23 @@ async def respond(
     with open_answer:
         deltas = await _collect(request, group)
 
-    def choices() -> list[dict[str, Any]]:
-        return [
-            _choice(service, body, index, delta, stream, form.whole, first=True)
-            for index, (delta, stream) in enumerate(zip(deltas, group.streams, strict=True))
-        ]
-
     first = group.streams[0]
-    made = await _without_delay(choices, long=_has_scores(first))
-    answer = head | {"choices": made, "usage": usage(body, group)} | form.of_all(first)
+    is_long = _has_scores(first)
+    answer = {"usage": usage(body, group)} | form.of_all(first)
     headers = {}
     if body.return_metrics:
         answer["metrics"] = timings(first.times)
         headers["server-timing"] = server_timing(first.times)
-    return json_response(answer, headers=headers)
+
+    def response() -> Response:
+        choices: list[Any] = []
+        for index, (delta, stream) in enumerate(zip(deltas, group.streams, strict=True)):
+            choice = _choice(service, body, index, delta, stream, form.whole, first=True)
+            choices.append(in_pieces(choice) if is_long else choice)
+        return json_response(head | {"choices": choices} | answer, headers=headers)
+
+    # The scores of a whole prompt would hold up all streams.
+    return await asyncio.to_thread(response) if is_long else response()
 
 
 def usage(body: Body, group: StreamGroup) -> dict[str, Any]:
@@ -126,7 +127,8 @@ async def _chunks(
         seen.add(index)
         chunk = partial(form.chunk, first=first)
         make = partial(_choice, service, body, index, delta, stream, chunk, first=first)
-        choice = await _without_delay(make, long=first and _has_scores(stream))
+        is_long = first and _has_scores(stream)
+        choice = await asyncio.to_thread(_in_pieces, make) if is_long else make()
         whole = head | {"choices": [choice]}
         if len(seen) == 1 and first:
             whole |= form.of_all(stream)
@@ -174,6 +176,5 @@ def _has_scores(stream: RequestStream) -> bool:
     return params.logprobs is not None or params.prompt_logprobs is not None
 
 
-async def _without_delay(make: Callable[[], T], *, long: bool) -> T:
-    """Make it here, or on a thread: the scores of a whole prompt would hold up all streams."""
-    return await asyncio.to_thread(make) if long else make()
+def _in_pieces(make: Callable[[], dict[str, Any]]) -> Any:
+    return in_pieces(make())

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, assert_never
 
 from engine import messages
-from engine.messages import Failed, Inspected, Ready, Report, StepEvents
+from engine.messages import Failed, Inspected, Pong, Ready, Report, StepEvents
 from scheduler.cluster.events import (
     Abort,
     Arrived,
@@ -33,6 +33,7 @@ from scheduler.types import (
     FinishedEvent,
     FinishReason,
     InstanceId,
+    PromptLogprobs,
     RejectReason,
     RequestId,
     RequestSpec,
@@ -43,11 +44,11 @@ from serving import logs
 from serving.admission import jittered
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.inspection import Inspections
+from serving.cluster.rejection import Waits, error_of
 from serving.cluster.streams import Observer, Origin, RequestStream, StreamGroup, StreamTable
 from serving.errors import (
     GenerationFailed,
     InstanceLost,
-    InvalidRequest,
     RequestError,
     Unavailable,
 )
@@ -57,6 +58,8 @@ from serving.text.detokenizer import PLAIN_TEXT, Shown
 from serving.text.tokenizer import TextCodec
 
 log = logging.getLogger(__name__)
+
+# What the client is told when we cannot make an answer of its tokens; the log says why.
 
 
 class ClusterDriver:
@@ -86,6 +89,7 @@ class ClusterDriver:
         self._idle.set()
         self._up_at_s = 0.0  # when an instance should be up again, while none is
         self.draining = False
+        self._has_cut_off = False  # a request that had been accepted, since the drain began
 
     @property
     def ready(self) -> bool:
@@ -188,7 +192,7 @@ class ClusterDriver:
         return len(self._streams)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and let those accepted end. False if some had to be cut off."""
+        """Refuse new requests and let those accepted end. False if some were cut off or failed."""
         self.begin_drain()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -201,8 +205,7 @@ class ClusterDriver:
                 )
                 self._fail(request_id, cut_off)
                 self._handle(Cancelled(request_id))
-            return False
-        return True
+        return not self._has_cut_off
 
     async def inspect(self, timeout_s: float) -> dict[str, Any]:
         """Return what instances, streams and the cluster scheduler hold, for people to read.
@@ -242,30 +245,6 @@ class ClusterDriver:
                 case _:
                     assert_never(action)
 
-    def _refusal(self, request_id: RequestId, reason: RejectReason) -> RequestError:
-        retry_after_s = self._retry_after_s(request_id)
-        match reason:
-            case RejectReason.NEVER_FITS:
-                return InvalidRequest("prompt and max_tokens can never fit into the KV memory")
-            case RejectReason.QUEUE_FULL:
-                return Unavailable(
-                    "the server is full; try again shortly",
-                    code="queue_full",
-                    retry_after_s=retry_after_s,
-                )
-            case RejectReason.NO_INSTANCE if self.draining:
-                return Unavailable(
-                    "the server is shutting down", code="draining", retry_after_s=retry_after_s
-                )
-            case RejectReason.NO_INSTANCE:
-                return Unavailable(
-                    "no instance is up",
-                    code="no_instance",
-                    retry_after_s=jittered(self.up_in_s, request_id),
-                )
-            case RejectReason.DUPLICATE_ID:
-                return InvalidRequest("a request with this id is running", param="request_id")
-
     # --- reports from instances ---
 
     def _on_report(self, handle: InstanceHandle, report: Report) -> None:
@@ -284,7 +263,7 @@ class ClusterDriver:
                 self._handle(InstanceDown(instance_id))
             case Inspected(number, state):
                 self._inspections.answered(number, state)
-            case Ready():
+            case Ready() | Pong():
                 pass
             case _:
                 assert_never(report)
@@ -293,9 +272,7 @@ class ClusterDriver:
         for started in report.started:
             self._on_started(started)
         for scored in report.prompt_logprobs:
-            stream = self._streams.get(scored.request_id)
-            if stream is not None:
-                stream.take_prompt_logprobs(scored.start, scored.positions)
+            self._on_prompt_logprobs(scored)
         if report.tokens:
             now = self._clock()
             for token in report.tokens:
@@ -319,6 +296,15 @@ class ClusterDriver:
             num_prompt_tokens = len(stream.spec.prompt_token_ids)
             self._metrics.started(num_prompt_tokens, event.num_cached_tokens, event.queue_s)
 
+    def _on_prompt_logprobs(self, event: PromptLogprobs) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is None:
+            return
+        try:
+            stream.take_prompt_logprobs(event.start, event.positions)
+        except Exception as error:  # noqa: BLE001
+            self._break_off(stream, error)
+
     def _on_token(self, event: TokenEvent, now: float) -> None:
         stream = self._streams.get(event.request_id)
         if stream is None:  # its client left while the step ran
@@ -329,7 +315,12 @@ class ClusterDriver:
                 self._metrics.first_token(stream.spec, stream.times)
             else:
                 self._metrics.next_token(gap_s)
-        if stream.deliver(event.output_index, event.token_id, event.logprobs):
+        try:
+            is_stopped = stream.deliver(event.output_index, event.token_id, event.logprobs)
+        except Exception as error:  # noqa: BLE001
+            self._break_off(stream, error)
+            return
+        if is_stopped:
             self._end(stream, FinishReason.STOP)
             self._handle(Cancelled(event.request_id, stream.num_tokens))
 
@@ -349,16 +340,29 @@ class ClusterDriver:
     # --- the ends of streams ---
 
     def _end(self, stream: RequestStream, reason: FinishReason) -> None:
-        stream.finish(reason)
-        self._forget(stream, reason.value)
+        try:
+            stream.finish(reason)
+        except Exception as error:  # noqa: BLE001
+            self._break_off(stream, error)
+        else:
+            self._forget(stream, reason.value)
+
+    def _break_off(self, stream: RequestStream, error: Exception) -> None:
+        """A fault of ours with one request ends this one alone: its neighbours go on."""
+        request_id = stream.spec.request_id
+        logs.failure(log, "no answer could be made of tokens", error, request_id=request_id)
+        self._fail(request_id, GenerationFailed())
+        self._handle(Cancelled(request_id))
 
     def _reject(self, request_id: RequestId, reason: RejectReason) -> None:
         self._metrics.rejected(reason)
-        self._fail(request_id, self._refusal(request_id, reason), "rejected")
+        waits = Waits(self._retry_after_s(request_id), jittered(self.up_in_s, request_id))
+        self._fail(request_id, error_of(reason, waits, draining=self.draining), "rejected")
 
     def _fail(self, request_id: RequestId, error: RequestError, outcome: str = "error") -> None:
         stream = self._streams.get(request_id)
         if stream is not None:
+            self._has_cut_off |= self.draining and outcome == "error"
             stream.fail(error)
             self._forget(stream, outcome)
 

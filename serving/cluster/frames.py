@@ -9,8 +9,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
-# A step of 512 prompt tokens with 20 log-probabilities each takes 150 KiB, and a prompt at most
-# 5 bytes a token: so large a frame is garbage.
+# A report has at most 4,096 prompt tokens with 20 log-probabilities each, 1.3 MB, and a prompt has
+# at most 5 bytes a token: so large a frame is garbage.
 MAX_FRAME_BYTES = 32 << 20
 
 _HEADER_BYTES = 4

@@ -14,6 +14,7 @@ from engine.models.errors import ModelFormatError
 from engine.startup import CannotStart
 from scheduler.types import InstanceId
 from serving.cluster import wire
+from serving.cluster.handle import ended_while_starting, one_line
 from serving.errors import UserError
 
 # Makes the loop, on the thread where it will run, given where it shall report.
@@ -33,10 +34,13 @@ class InProcessHandle:
         self._through_wire = through_wire
         self._core: EngineCore | None = None
         self._thread: Thread | None = None
+        self._started: asyncio.Future[Ready] | None = None
+        self._is_stopped = False
 
     async def start(self, on_report: Callable[[Report], None]) -> Ready:
         loop = asyncio.get_running_loop()
         started: asyncio.Future[Ready] = loop.create_future()
+        self._started = started
 
         def emit(report: Report) -> None:
             if self._through_wire:
@@ -44,15 +48,15 @@ class InProcessHandle:
             _call_soon(loop, partial(on_report, report))
 
         def begin() -> None:
+            ready, refusal = None, None
             try:
                 self._core, ready = self._build(emit)
             except (ModelFormatError, CannotStart) as error:
                 refusal = UserError(error.cause, error.remedy)
-                _call_soon(loop, partial(started.set_exception, refusal))
-            except Exception as error:  # noqa: BLE001 (it is raised where start() is awaited)
-                _call_soon(loop, partial(started.set_exception, error))
-            else:
-                _call_soon(loop, partial(started.set_result, ready))
+            except Exception as error:  # noqa: BLE001 (it is told where start() is awaited)
+                refusal = ended_while_starting(one_line(f"{type(error).__name__}: {error}"))
+                refusal.__cause__ = error
+            _call_soon(loop, partial(_settle, started, ready, refusal))
 
         self._thread = Thread(
             target=self._run, args=(begin,), name=f"engine-{self.instance_id}", daemon=True
@@ -68,14 +72,29 @@ class InProcessHandle:
 
     async def stop(self) -> None:
         if self._thread is not None:
+            self._is_stopped = True
             self.send(Stop())
+            if self._started is not None:
+                self._started.cancel()
             await asyncio.to_thread(self._thread.join)
 
     def _run(self, begin: Callable[[], None]) -> None:
         begin()
         if self._core is not None:
+            if self._is_stopped:  # while it was being made, so that the inbox was not there
+                self._core.inbox.put(Stop())
             with contextlib.suppress(Exception):  # the loop has reported it as Failed
                 self._core.run()
+
+
+def _settle(started: asyncio.Future[Ready], ready: Ready | None, refusal: UserError | None) -> None:
+    """Tell who waits in start() how it went, unless nobody does any more."""
+    if started.done():
+        return
+    if ready is not None:
+        started.set_result(ready)
+    elif refusal is not None:
+        started.set_exception(refusal)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

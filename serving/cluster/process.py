@@ -1,7 +1,8 @@
 """An instance in a process of its own, behind a socket: one connection is one incarnation.
 
-End of file is its death; so are garbage, unread commands and work owed without a step. Whatever the
-way, the process is gone before `Failed` is reported, and nothing follows.
+End of file is its death, and so is the kernel's word that the process is gone, garbage, unread
+commands and work owed without a step. Whatever the way, the process is gone before `Failed` is
+reported, and nothing follows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,8 @@ from engine.messages import (
     Inspected,
     PhaseAdvanced,
     PhaseBegun,
+    Ping,
+    Pong,
     Ready,
     Report,
     StartReport,
@@ -38,6 +42,7 @@ from scheduler.types import InstanceId
 from serving.cluster import wire
 from serving.cluster.child import PROGRAM, Child
 from serving.cluster.frames import FrameDecoder, FrameError, frame
+from serving.cluster.handle import ended_while_starting, one_line
 from serving.cluster.output import OutputRelay
 from serving.cluster.watchdog import Watchdog
 from serving.errors import UserError
@@ -52,8 +57,8 @@ _END_GRACE_S = 1.0  # for a process that is to end by itself, to finish its step
 _KILL_GRACE_S = 2.0  # for the kernel to take down one that it was told to kill
 _DUMP_S = 0.2  # for a stuck process to write where it is
 _OUTPUT_GRACE_S = 0.2  # for its last words
+_EOF_GRACE_S = 0.1  # from its exit to the end of what it sent, all of which is there
 _POLL_S = 0.005
-_MAX_CAUSE_CHARS = 500
 _DUMP_SIGNAL = signal.SIGUSR2  # `serving.instance` obeys it
 
 
@@ -88,6 +93,7 @@ class ProcessHandle:
         self._on_report: Callable[[Report], None] = lambda _: None
         self._started: asyncio.Future[Ready] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._pidfd: int | None = None
         self._heard_at_s = 0.0
         self._ending: asyncio.Task[None] | None = None  # when this is set, all is over
 
@@ -108,6 +114,7 @@ class ProcessHandle:
             lambda: _Received(self._on_data, self._on_closed), sock=child.connection
         )
         self._transports.append(connection)
+        self._watch_exit(child)
         self._watching = loop.create_task(self._watch(self._started))
         ready = await self._started
         if self._ending is None:
@@ -158,6 +165,8 @@ class ProcessHandle:
             case StepEvents():
                 self._watchdog.progressed(message, self._heard_at_s)
                 self._on_report(message)
+            case Pong():
+                self._watchdog.answered(self._heard_at_s)
             case Inspected():
                 self._on_report(message)
             case Failed(cause, trace):
@@ -177,6 +186,23 @@ class ProcessHandle:
     def _on_closed(self) -> None:
         self._end(_End(grace_s=_END_GRACE_S))
 
+    def _watch_exit(self, child: Child) -> None:
+        """Learn of its exit even if a process that it started holds the connection open."""
+        with contextlib.suppress(AttributeError, OSError):  # a system that has no such thing
+            self._pidfd = os.pidfd_open(child.pid)
+            asyncio.get_running_loop().add_reader(self._pidfd, self._on_exited)
+
+    def _on_exited(self) -> None:
+        self._unwatch_exit()
+        # The end of the connection usually comes with it, behind what it may have reported last.
+        asyncio.get_running_loop().call_later(_EOF_GRACE_S, self._on_closed)
+
+    def _unwatch_exit(self) -> None:
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+
     async def _watch(self, started: asyncio.Future[Ready]) -> None:
         while self._ending is None:
             await asyncio.sleep(self._watchdog.interval_s)
@@ -186,6 +212,8 @@ class ProcessHandle:
                 wrong = f"it said nothing for {self._startup_timeout_s:g} s while it started"
             if wrong is not None:
                 self._end(_End(wrong, is_stuck=True))
+            elif self._commands is not None and self._watchdog.wants_ping(now):
+                self.send(Ping())
 
     # --- its end ---
 
@@ -202,7 +230,7 @@ class ProcessHandle:
             self._child.signal(_DUMP_SIGNAL)
             await asyncio.sleep(_DUMP_S)
         await self._take_down(end.grace_s)
-        cause = _one_line(end.cause or self._child.how_it_ended(self._output.last_line))
+        cause = one_line(end.cause or self._child.how_it_ended(self._output.last_line))
         if self._started.cancelled():  # nobody waits for it any more
             return
         if self._started.done():
@@ -211,12 +239,7 @@ class ProcessHandle:
             self._started.set_exception(UserError(cause, end.remedy))
         else:
             log.debug("%s ended while it started:\n%s", self.instance_id, end.trace)
-            self._started.set_exception(
-                UserError(
-                    f"the process of the model ended while it started: {cause}",
-                    "if memory ran out lower --kv-memory, else see above what it printed",
-                )
-            )
+            self._started.set_exception(ended_while_starting(cause))
 
     async def _take_down(self, grace_s: float) -> None:
         """Return when the process is gone and what it printed was read; close what was ours."""
@@ -228,6 +251,7 @@ class ProcessHandle:
             await asyncio.wait_for(self._output.ended.wait(), _OUTPUT_GRACE_S)
         if self._watching is not None:
             self._watching.cancel()
+        self._unwatch_exit()
         for transport in self._transports:
             transport.close()
         self._child.close()
@@ -276,7 +300,3 @@ class _Received(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._on_closed()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_MAX_CAUSE_CHARS]

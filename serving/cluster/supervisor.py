@@ -23,6 +23,10 @@ FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
 # One that served for so long was well: what ended it is not what a start meets again at once.
 WELL_AFTER_S = 60.0
+# A restart finds files read and compiled already. One that takes longer than this, and than so many
+# times the first start, is stuck.
+MIN_RESTART_LIMIT_S = 60.0
+RESTART_LIMIT_STARTS = 10
 
 
 class Supervisor:
@@ -43,6 +47,7 @@ class Supervisor:
         self._incarnation = 0
         self._delay_s = FIRST_DELAY_S
         self._start_took_s = 0.0
+        self._restart_limit_s = MIN_RESTART_LIMIT_S
         self._keeping: asyncio.Task[None] | None = None
 
     async def start(self) -> Ready:
@@ -51,6 +56,8 @@ class Supervisor:
         What fails at the first start would fail again; what fails later may pass.
         """
         handle, ready = await self._start()
+        limit_s = RESTART_LIMIT_STARTS * self._start_took_s
+        self._restart_limit_s = max(MIN_RESTART_LIMIT_S, limit_s)
         self._keeping = asyncio.get_running_loop().create_task(self._keep(handle))
         return ready
 
@@ -78,10 +85,12 @@ class Supervisor:
             await self._sleep(self._delay_s)
             self._delay_s = min(2 * self._delay_s, MAX_DELAY_S)
             try:
-                handle, _ = await self._start()
+                handle, _ = await self._start(self._restart_limit_s)
             except Exception as error:  # noqa: BLE001 (whatever it was, it may pass)
                 what = f"{type(error).__name__}: {error}"
-                if isinstance(error, UserError):
+                if isinstance(error, TimeoutError):
+                    what = f"it took longer than {self._restart_limit_s:g} s"
+                elif isinstance(error, UserError):
                     what = f"{error.cause}; {error.remedy}"
                 log.error("instance %s does not start: %s", handle.instance_id, what)
                 continue
@@ -89,10 +98,15 @@ class Supervisor:
             log.warning("instance %s is up again, started in %.2f s", handle.instance_id, seconds)
             return handle
 
-    async def _start(self) -> tuple[InstanceHandle, Ready]:
+    async def _start(self, limit_s: float | None = None) -> tuple[InstanceHandle, Ready]:
         self._incarnation += 1
         handle = self._make(self._incarnation)
         start_s = self._clock()
-        ready = await self._driver.start(handle)
+        try:
+            async with asyncio.timeout(limit_s):
+                ready = await self._driver.start(handle)
+        except TimeoutError:
+            await handle.stop()
+            raise
         self._start_took_s = self._clock() - start_s
         return handle, ready

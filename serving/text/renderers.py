@@ -1,13 +1,16 @@
 """A few processes that render one template, each killed and replaced when it takes too long.
 
-Owns the processes and their limits. Knows nothing of messages. Thread-safe.
+Owns the processes and their limits. Knows nothing of messages. Thread-safe. That a template takes
+too long is the request's fault; that a process is gone or stopped is ours, and another one renders.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -16,11 +19,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from serving.errors import InvalidRequest, Unavailable
+from serving.errors import InvalidRequest, Unavailable, internal_error
+
+log = logging.getLogger(__name__)
 
 # Not imported here: this process needs no jinja2.
 _PROGRAM = Path(__file__).with_name("template.py")
@@ -33,8 +38,15 @@ _GRACE_S = 1.0  # the child's own alarm is for a parent that is gone
 _WAIT_S = 10.0
 
 
+T = TypeVar("T")
+
+
 class Gone(Exception):
-    """The process does not answer: it is dead, or was killed for being late."""
+    """The process was ended or stopped by something else than its work."""
+
+
+class Late(Exception):
+    """The process worked for longer than it may, and is dead now."""
 
 
 class _Process:
@@ -56,11 +68,11 @@ class _Process:
         self.hello: dict[str, Any] = {}
         try:
             self.hello = self.ask({"source": source, "memory_bytes": _MEMORY_BYTES}, _START_S)
-        except Gone as error:
+        except Late as error:
             self.hello = {"refusal": f"it cannot be compiled: {error}"}
 
     def ask(self, value: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        """Send and wait for the answer. Raises Gone, with the process dead, if none comes."""
+        """Send and wait for the answer. Raises Gone or Late, the process dead, if none comes."""
         deadline_s = time.monotonic() + limit_s
         payload = json.dumps(value).encode()
         try:
@@ -70,11 +82,16 @@ class _Process:
             answer: dict[str, Any] = json.loads(self._read(size, deadline_s))
             return answer
         except TimeoutError as error:
+            is_stopped = self._is_stopped()
             self.kill()
-            raise Gone(f"it takes longer than {limit_s:g} s") from error
+            if is_stopped:
+                raise Gone("it was stopped") from error
+            raise Late(f"it takes longer than {limit_s:g} s") from error
         except OSError as error:
             self.kill()
-            raise Gone("the process that rendered it ended") from error
+            if self._child.returncode == -signal.SIGALRM:  # before we noticed how late it is
+                raise Late(f"it takes longer than {limit_s:g} s") from error
+            raise Gone(f"it ended with status {self._child.returncode}") from error
 
     @property
     def alive(self) -> bool:
@@ -84,6 +101,13 @@ class _Process:
         self._child.kill()
         self._child.wait()
         self._socket.close()
+
+    def _is_stopped(self) -> bool:
+        try:
+            state = Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):  # a system that does not tell
+            return False
+        return state == "T"
 
     def _read(self, size: int, deadline_s: float) -> bytes:
         data = bytearray()
@@ -108,32 +132,45 @@ class Renderers:
 
     def names(self) -> frozenset[str]:
         """Return the variables that the template reads. Raises InvalidRequest if it is broken."""
-        with self._lent() as process:
-            return frozenset(process.hello["names"])
+        names = self._by_one_of_two(lambda process: process.hello["names"])
+        return frozenset(names)
 
     def render(self, variables: dict[str, Any], max_chars: int) -> str:
-        """Return the text. Raises InvalidRequest, with the reason, if there is none in time."""
-        with self._lent() as process:
-            try:
-                job = {
-                    "variables": variables,
-                    "max_chars": max_chars,
-                    "limit_s": self._limit_s + _GRACE_S,
-                }
-                answer = process.ask(job, self._limit_s)
-            except Gone as error:
-                raise _refusal(str(error)) from None
+        """Return the text. Raises InvalidRequest, with the reason, if there is none in time.
+
+        Raises RequestError if what renders is ended again and again.
+        """
+        job = {
+            "variables": variables,
+            "max_chars": max_chars,
+            "limit_s": self._limit_s + _GRACE_S,
+        }
+        try:
+            answer = self._by_one_of_two(lambda process: process.ask(job, self._limit_s))
+        except Late as error:
+            raise _refusal(str(error)) from None
         if "refusal" in answer:
             raise _refusal(answer["refusal"])
         text: str = answer["text"]
         return text
 
+    def _by_one_of_two(self, use: Callable[[_Process], T]) -> T:
+        """Use a process, and a new one if the first is gone. Raises what `use` does."""
+        for is_new in (False, True):
+            try:
+                with self._lent(is_new=is_new) as process:
+                    return use(process)
+            except Gone as error:
+                log.warning("a process that renders chats is gone: %s", error)
+        raise internal_error()
+
     @contextlib.contextmanager
-    def _lent(self) -> Iterator[_Process]:
+    def _lent(self, *, is_new: bool) -> Iterator[_Process]:
         if not self._places.acquire(timeout=_WAIT_S):
             raise Unavailable("too many chat templates are being rendered", code="queue_full")
         try:
-            process = self._idle.pop() if self._idle else _Process(self._source)
+            has_idle = self._idle and not is_new
+            process = self._idle.pop() if has_idle else _Process(self._source)
             if not process.alive and "refusal" not in process.hello:  # it died while it idled
                 process.kill()
                 process = _Process(self._source)

@@ -3,9 +3,10 @@
     python -m tests.bench.disconnects [--num 300] [--model MODEL] [--seed 0]
 
 They leave while queued, in the middle of a long prompt, in the middle of an answer, streaming or
-not. Ends with 1 unless, afterwards, every block is free or cached, no prefix is marked as being
-computed, no stream, request or ticket is left, and the gauges are 0; and says after how many steps
-and milliseconds that was so. Without MODEL it is the checksum executor.
+not; some after they have sent a line end behind their request. Ends with 1 unless, afterwards,
+every block is free or cached, no prefix is marked as being computed, no stream, request or ticket
+is left, and the gauges are 0; and says after how many steps and milliseconds that was so. Without
+MODEL it is the checksum executor.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ async def hang_up(url: str, rng: random.Random, longest_s: float, seen: Counter[
     await asyncio.sleep(rng.random() * longest_s / 2)
     reader, writer = await asyncio.open_connection(at.hostname, at.port)
     phase = "waiting or in its prompt"
+    behind = b"\r\n" if rng.random() < 0.3 else b""  # what some clients send after a body
     try:
         writer.write(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
+        if behind:
+            await asyncio.sleep(0.01)
+            writer.write(behind)
         with suppress(TimeoutError):
             async with asyncio.timeout(rng.random() * longest_s):
                 line = await reader.readline()
@@ -56,6 +61,8 @@ async def hang_up(url: str, rng: random.Random, longest_s: float, seen: Counter[
                 for _ in range(rng.randint(10, 200)):
                     await reader.readline()
     finally:
+        if behind:
+            phase += ", with a line end behind the request"
         seen[phase if is_stream else f"whole answer, {phase}"] += 1
         if rng.random() < 0.5:
             writer.transport.abort()  # a reset instead of an orderly end

@@ -56,6 +56,33 @@ def test_requests_are_served_with_the_tokens_of_running_alone():
     assert reports[-1].view.num_running == 0
 
 
+@pytest.mark.parametrize("most", [1, 5, 6, 1000])
+def test_very_many_scores_make_several_reports_in_order(monkeypatch, most):
+    monkeypatch.setattr("engine.core.MAX_SCORED_POSITIONS", most)
+    core, reports = make_core()
+    specs = [make_spec(name, range(1, 9), max_tokens=2, prompt_logprobs=2) for name in "ab"]
+    for spec in specs:
+        core.inbox.put(Submit(spec))
+    tokens, _ = serve(core, reports)
+    assert tokens == {spec.request_id: solo(spec)[0] for spec in specs}
+    for spec in specs:
+        parts = [
+            event
+            for report in reports
+            for event in report.prompt_logprobs
+            if event.request_id == spec.request_id
+        ]
+        starts = [event.start for event in parts]
+        assert starts == [1 + sum(len(e.positions) for e in parts[:i]) for i in range(len(parts))]
+        assert sum(len(event.positions) for event in parts) == 7
+    for report in reports:
+        assert sum(len(event.positions) for event in report.prompt_logprobs) <= most
+    assert sum(len(report.started) for report in reports) == 2
+    assert reports[0].started
+    steps = [report.view.num_steps for report in reports if report.step_s]
+    assert steps == sorted(set(steps)), "a step is complete once"
+
+
 def test_a_step_makes_one_report():
     core, reports = make_core()
     for name in ("a", "b", "c"):

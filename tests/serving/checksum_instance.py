@@ -50,6 +50,8 @@ def build(config, times, emit):
             raise RuntimeError("a fault\nof ours")
         case "sleeps":
             time.sleep(3600)
+        case "slow":
+            time.sleep(0.4)
         case name:
             go_wrong(name)
     executor = make_executor(fault=lambda request_id, _: go_wrong(request_id))

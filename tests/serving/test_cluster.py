@@ -9,7 +9,18 @@ import msgspec
 import pytest
 
 from engine.core import EngineCore
-from engine.messages import Abort, Failed, Inspect, Inspected, Ready, StepEvents, Stop, Submit
+from engine.messages import (
+    Abort,
+    Failed,
+    Inspect,
+    Inspected,
+    Ping,
+    Pong,
+    Ready,
+    StepEvents,
+    Stop,
+    Submit,
+)
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import (
     FinishedEvent,
@@ -27,7 +38,7 @@ from serving.cluster import wire
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.inproc import InProcessHandle
 from serving.cluster.streams import RequestStream
-from serving.errors import InstanceLost, Unavailable
+from serving.errors import GenerationFailed, InstanceLost, Unavailable
 from serving.metrics import Metrics
 from serving.text.tokenizer import fake_codec
 from tests.factories import make_executor, make_geometry, make_scheduler, make_spec
@@ -73,7 +84,8 @@ async def start_driver(executor=None, max_requests=8):
 
 
 async def read(group):
-    return [delta async for delta in group.deltas()]
+    async with asyncio.timeout(20):
+        return [delta async for delta in group.deltas()]
 
 
 def test_latencies_begin_when_the_request_arrived():
@@ -136,6 +148,67 @@ def test_an_idle_driver_drains_at_once_and_refuses():
         assert await driver.drain(timeout_s=5)
         with pytest.raises(Unavailable, match="shutting down"):
             driver.submit([make_spec("a")], [])
+        await driver.stop()
+
+    asyncio.run(scenario())
+
+
+def break_at_second_token(stream):
+    deliver = stream.deliver
+
+    def broken(output_index, token_id, logprobs=None):
+        if output_index == 1:
+            raise ValueError("a secret of the user")
+        return deliver(output_index, token_id, logprobs)
+
+    stream.deliver = broken
+
+
+def break_finish(stream):
+    def broken(reason):
+        raise ValueError("a secret of the user")
+
+    stream.finish = broken
+
+
+def break_scores(stream):
+    def broken(start, positions):
+        raise ValueError("a secret of the user")
+
+    stream.take_prompt_logprobs = broken
+
+
+@pytest.mark.parametrize("fault", [break_at_second_token, break_finish, break_scores])
+def test_a_fault_of_ours_with_one_request_ends_that_one_alone(fault, caplog):
+    async def scenario():
+        driver = await start_driver()
+        broken = driver.submit([make_spec("a", range(8), max_tokens=9, prompt_logprobs=1)], [])
+        other = driver.submit([make_spec("b", max_tokens=30)], [])
+        fault(broken.streams[0])
+        with pytest.raises(GenerationFailed, match="could not be computed"):
+            await read(broken)
+        deltas = await read(other)
+        assert sum(len(delta.token_ids) for _, delta in deltas) == 30
+        assert driver.alive
+        async with asyncio.timeout(20):  # its place is free again
+            while (await driver.inspect(5))["cluster"]["assigned"]:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        group = driver.submit([make_spec("c")], [])
+        fault(group.streams[0])
+        driver.cancel(group)  # what its client's end brings about does not raise
+        await driver.stop()
+
+    asyncio.run(scenario())
+    assert "no answer could be made of tokens" in caplog.messages
+
+
+def test_a_request_that_fails_while_the_server_drains_did_not_end_well():
+    async def scenario():
+        driver = await start_driver(BreaksAtStep(3))
+        group = driver.submit([make_spec("a", max_tokens=20)], [])
+        assert not await driver.drain(timeout_s=5)
+        with pytest.raises(InstanceLost):
+            await read(group)
         await driver.stop()
 
     asyncio.run(scenario())
@@ -217,6 +290,7 @@ def test_bytes_that_are_no_message_are_refused(data):
         Abort(RequestId("a")),
         Abort(RequestId("a"), 7),
         Inspect(3),
+        Ping(),
         Stop(),
     ],
 )
@@ -228,6 +302,7 @@ def test_commands_survive_the_wire(command):
     "report",
     [
         Failed("why"),
+        Pong(),
         Ready("m", "float32", "cpu", 256, make_geometry()),
         Inspected(3, {"waiting": [], "running": {"a": 1}}),
         StepEvents(

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from engine.config import EngineConfig
-from engine.messages import Abort, Failed, Inspect, Inspected, StepEvents, Stop, Submit
+from engine.messages import Abort, Failed, Inspect, Inspected, Ping, StepEvents, Stop, Submit
 from engine.startup import StartupTimes
 from scheduler.types import FinishReason, InstanceId, RejectReason, RequestId
 from serving.cluster.inproc import InProcessHandle
@@ -134,6 +134,24 @@ def test_a_question_is_answered_under_its_number(make_handle):
     served(make_handle, scenario)
 
 
+def test_a_ping_is_answered_idle_or_at_work(make_handle):
+    """By reports, or inside of the handle; and what runs goes on."""
+    spec = make_spec("a", max_tokens=100)
+
+    async def scenario(instance):
+        for _ in range(3):
+            instance.handle.send(Ping())
+        instance.submit(spec)
+        instance.handle.send(Ping())
+        await instance.until(lambda: instance.events("tokens"))
+        instance.handle.send(Ping())
+        await instance.until_ended("a")
+        assert instance.tokens("a") == solo(spec)[0]
+        assert not [report for report in instance.reports if isinstance(report, Failed)]
+
+    served(make_handle, scenario)
+
+
 def test_a_request_that_fails_ends_alone(make_handle):
     neighbour = make_spec("b", (4, 5), max_tokens=6)
 
@@ -197,7 +215,11 @@ def test_the_failure_comes_last_and_tells_the_cause(make_handle):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("no-memory", ("not enough memory", "buy some")), ("no-format", ("no model", "another"))],
+    [
+        ("no-memory", ("not enough memory", "buy some")),
+        ("no-format", ("no model", "another")),
+        ("raises", ("RuntimeError: a fault of ours", "--kv-memory")),
+    ],
 )
 def test_what_cannot_start_says_why_and_what_to_do(make_handle, name, words):
     async def run():
@@ -207,6 +229,23 @@ def test_what_cannot_start_says_why_and_what_to_do(make_handle, name, words):
         await handle.stop()
         assert words[0] in error.value.cause
         assert words[1] in error.value.remedy
+
+    asyncio.run(run())
+
+
+def test_a_stop_while_it_starts_ends_the_start(make_handle):
+    async def run():
+        handle, reports = make_handle("slow"), []
+        starting = asyncio.ensure_future(handle.start(reports.append))
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(20):
+            await handle.stop()
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+            await handle.stop()
+        handle.send(Submit(make_spec("a")))
+        await asyncio.sleep(0.05)
+        assert not reports
 
     asyncio.run(run())
 

@@ -11,7 +11,13 @@ import pytest
 import uvicorn
 
 from serving.api.body_limit import BodyLimit
-from serving.http_connection import MAX_HEAD_BYTES, Connection, raise_file_limit
+from serving.errors import UserError
+from serving.http_connection import (
+    MAX_HEAD_BYTES,
+    Connection,
+    check_file_limit,
+    raise_file_limit,
+)
 from tests.serving.raw import Answer, receive
 
 
@@ -157,6 +163,113 @@ def test_too_many_connections_are_told_to_come_back():
     run(scenario, protocol=Narrow)
 
 
+class Slow:
+    """An application that answers when its client has gone, or the test says so."""
+
+    def __init__(self):
+        self.began, self.left, self.may_answer = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        assert (await receive())["type"] == "http.request"
+        leaving = asyncio.ensure_future(receive())
+        waiting = asyncio.ensure_future(self.may_answer.wait())
+        self.began.set()
+        await asyncio.wait((leaving, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done() and leaving.result()["type"] == "http.disconnect":
+            self.left.set()
+        else:
+            await answer_ok(scope, receive, send)
+        for task in (leaving, waiting):
+            task.cancel()
+
+
+WHOLE = HEAD + b"\r\n"
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(
+    "ahead",
+    [b"\r\n", WHOLE, b"\0rubbish", WHOLE * 20],
+    ids=["line end", "request", "rubbish", "requests"],
+)
+def test_a_hang_up_is_seen_whatever_was_sent_behind_the_request(ahead, reset):
+    app = Slow()
+
+    async def scenario(address, server):
+        _, writer = await asyncio.open_connection(*address)
+        writer.write(WHOLE)
+        await app.began.wait()
+        for byte in (ahead[:1], ahead[1:]):
+            writer.write(byte)
+            await asyncio.sleep(0.05)
+        assert not app.left.is_set()
+        if reset:
+            writer.transport.abort()
+        writer.close()
+        async with asyncio.timeout(5):
+            await app.left.wait()
+
+    run(scenario, app=app)
+
+
+def test_a_line_end_behind_the_last_request_is_no_mistake():
+    app = Slow()
+
+    async def scenario(address, server):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(HEAD + b"Connection: close\r\n\r\n")
+        await app.began.wait()
+        writer.write(b"\r\n")
+        await asyncio.sleep(0.05)
+        app.may_answer.set()
+        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        writer.close()
+
+    run(scenario, app=app)
+
+
+def test_the_second_of_three_pipelined_requests_can_be_hung_up_on():
+    app = Slow()
+
+    async def scenario(address, server):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(WHOLE * 3)
+        await app.began.wait()
+        app.began.clear()
+        app.may_answer.set()
+        app.may_answer = asyncio.Event()
+        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        await app.began.wait()
+        writer.close()
+        async with asyncio.timeout(5):
+            await app.left.wait()
+
+    run(scenario, app=app)
+
+
+def test_pipelined_requests_are_answered_and_too_many_are_cut_off():
+    app = Slow()
+
+    async def scenario(address, server):
+        reader, writer = await asyncio.open_connection(*address)
+        app.may_answer.set()
+        writer.write(WHOLE * 20)
+        for _ in range(20):
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200 OK\r\n")
+        app.may_answer.clear()
+        app.began.clear()
+        writer.write(WHOLE)
+        await app.began.wait()
+        with pytest.raises(ConnectionError):  # noqa: PT012 (whichever write notices it)
+            while True:
+                writer.write(WHOLE * 100)
+                await writer.drain()
+                await asyncio.sleep(0.001)
+        await app.left.wait()
+
+    run(scenario, app=app)
+
+
 def test_rubbish_after_an_answer_closes_without_noise(caplog):
     chunked = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -210,7 +323,7 @@ def test_bodies_that_are_withheld_are_bounded_in_sum(monkeypatch):
 
 @pytest.mark.parametrize(
     ("soft", "hard", "raised"),
-    [(256, 1024, 1024), (256, 20_000, 8256), (9000, 20_000, 9000), (-1, -1, -1), (256, -1, 8256)],
+    [(256, 1024, 1024), (256, 20_000, 8320), (9000, 20_000, 9000), (-1, -1, -1), (256, -1, 8320)],
 )
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch, soft, hard, raised):
     limits = {resource.RLIMIT_NOFILE: (soft, hard)}
@@ -218,3 +331,24 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch, soft
     monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
     raise_file_limit()
     assert limits[resource.RLIMIT_NOFILE] == (raised, hard)
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_clients"), [(144, 16), (1024, 896), (1280, None), (-1, None)]
+)
+def test_too_few_open_files_for_the_streams_are_said_once(monkeypatch, caplog, limit, num_clients):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    check_file_limit(1152)
+    if num_clients is None:
+        assert not caplog.messages
+    else:
+        (line,) = caplog.messages
+        assert f"{limit} files: {num_clients} clients can connect, fewer than the 1152" in line
+
+
+def test_a_limit_of_open_files_that_leaves_none_for_clients_is_the_users(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    with pytest.raises(UserError, match="may open 40 files"):
+        check_file_limit(1152)

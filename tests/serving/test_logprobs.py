@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 
+import msgspec
 import pytest
 
 from scheduler.types import Logprobs
+from serving.api import answers
 from serving.api.logprobs import (
     chat_logprobs,
     completion_logprobs,
     prompt_logprobs,
     score_prompt,
 )
+from serving.api.responses import in_pieces
 from serving.cluster.streams import ScoredToken
 from tests.serving.scripted import CODEC, Server, encode, says, score
 
@@ -272,3 +276,40 @@ def test_offsets_of_a_prompt_count_characters():
     tokens = score_prompt(encode("é🐦x"), [], CODEC)
     assert [token.text_offset for token in tokens] == [0, 0, 1, 1, 1, 1, 2]
     assert all(token.logprobs is None for token in tokens)
+
+
+# --- long answers ---
+
+
+@pytest.mark.parametrize("value", [[], {}, None, {"a": [[1, None], {"b": "é\n"}] * 50, "c": [1]}])
+def test_what_is_encoded_in_pieces_is_the_same(value):
+    assert bytes(in_pieces(value)) == msgspec.json.encode(value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("asked", [{}, {"prompt_logprobs": 2}, {"echo": True, "logprobs": 2}])
+def test_scores_are_encoded_off_the_event_loop(monkeypatch, stream, asked):
+    threads = []
+
+    def noted(original):
+        def encode(*args, **kwargs):
+            threads.append(threading.current_thread())
+            return original(*args, **kwargs)
+
+        return encode
+
+    for name in ("in_pieces", "json_response"):
+        monkeypatch.setattr(answers, name, noted(getattr(answers, name)))
+    prompt = list(range(52))
+    body = {"prompt": prompt, "max_tokens": 1, "stream": stream, **asked}
+    given = ask("completions", says("A"), **body)
+    choice = (given[0] if stream else given)["choices"][0]
+    if "prompt_logprobs" in asked:
+        assert len(choice["prompt_logprobs"]) == len(prompt)
+    if "echo" in asked:
+        assert len(choice["logprobs"]["tokens"]) >= len(prompt)
+    is_main = {thread is threading.main_thread() for thread in threads}
+    if asked:
+        assert is_main == {False}
+    else:
+        assert is_main <= {True}

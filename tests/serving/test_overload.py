@@ -159,4 +159,5 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind():
         assert num_steps <= 2
         assert sum(seen.values()) == 40
         assert len(seen) >= 3, f"they left in different phases: {seen}"
+        assert any("behind" in phase for phase in seen)
         assert call(server, "POST", "/v1/completions", LONG | {"max_tokens": 2})[0].status == 200

@@ -21,6 +21,7 @@ from serving.cluster.process import ProcessHandle
 from serving.errors import UserError
 from tests.factories import make_spec
 from tests.serving.checksum_instance import PROGRAM
+from tests.serving.servers import children_of
 from tests.serving.test_handles import Served
 
 ENDLESS = make_spec("a", max_tokens=250)
@@ -70,6 +71,50 @@ def test_one_that_is_killed_is_named_with_the_signal():
     assert failure_of(scenario).cause == "killed by SIGKILL"
 
 
+FORKS = """
+import os, runpy, time
+if os.fork() == 0:
+    time.sleep(60)
+    os._exit(0)
+runpy.run_module("tests.serving.checksum_instance", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_death_is_seen_though_a_grandchild_holds_the_connection():
+    grandchildren = []
+
+    async def scenario(instance):
+        grandchildren.extend(children_of(instance.handle.pid))
+        instance.submit(ENDLESS)
+        await instance.until(lambda: instance.events("tokens"))
+        os.kill(instance.handle.pid, signal.SIGKILL)
+
+    try:
+        assert failure_of(scenario, program=("-c", FORKS)).cause == "killed by SIGKILL"
+        (grandchild,) = grandchildren
+        assert not is_gone(grandchild)
+    finally:
+        for pid in grandchildren:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_the_connection_is_not_handed_down_to_what_it_starts():
+    async def run():
+        async with Served(make_handle()) as instance:
+            process = Path(f"/proc/{instance.handle.pid}")
+            sockets = [
+                link.name
+                for link in (process / "fd").iterdir()
+                if str(link.readlink()).startswith("socket:")
+            ]
+            assert sockets
+            for number in sockets:
+                words = (process / "fdinfo" / number).read_text().split()
+                assert int(words[words.index("flags:") + 1], 8) & os.O_CLOEXEC
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -90,7 +135,7 @@ def test_one_that_ends_by_itself_is_named_with_its_last_words(name, words, caplo
 @pytest.mark.parametrize("freezes", [True, False], ids=["frozen", "hanging"])
 def test_one_that_owes_a_step_for_too_long_is_taken_down(freezes, caplog):
     async def scenario(instance):
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.8)
         assert not instance.reports, "who owes nothing may rest"
         instance.submit(make_spec("hangs" if not freezes else "a", max_tokens=250))
         if freezes:
@@ -100,6 +145,13 @@ def test_one_that_owes_a_step_for_too_long_is_taken_down(freezes, caplog):
     assert failed.cause == "no step for 0.3 s with 1 request"
     if not freezes:
         assert any("in go_wrong" in message for message in caplog.messages), "it says where it was"
+
+
+def test_one_that_is_frozen_and_owes_nothing_is_taken_down():
+    async def scenario(instance):
+        os.kill(instance.handle.pid, signal.SIGSTOP)
+
+    assert failure_of(scenario, watchdog_timeout_s=0.4).cause == "no sign of life for 0.4 s"
 
 
 @pytest.mark.parametrize("name", ["raises", "exits"])

@@ -10,6 +10,7 @@ import pytest
 from engine.messages import Failed, Ready, StepEvents
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import InstanceId, RequestId, TokenEvent
+from serving.cluster import supervisor
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.supervisor import FIRST_DELAY_S, MAX_DELAY_S, WELL_AFTER_S, Supervisor
 from serving.errors import InstanceLost, Unavailable, UserError
@@ -30,31 +31,36 @@ class Incarnation:
 
     instance_id = InstanceId("i0")
 
-    def __init__(self, *, starts=True):
+    def __init__(self, *, starts=True, hangs=False):
         self.commands = []
+        self.is_stopped = False
         self._starts = starts
+        self._hangs = hangs
 
     async def start(self, on_report):
         self.report = on_report
         if not self._starts:
             raise UserError("no memory", "wait")
+        if self._hangs:
+            await asyncio.Event().wait()
         return Ready("m", "float32", "cpu", 64, make_geometry())
 
     def send(self, command):
         self.commands.append(command)
 
     async def stop(self):
-        pass
+        self.is_stopped = True
 
 
 class Supervised:
-    """A supervisor whose clock the test holds; a start in `bad_starts` fails."""
+    """A supervisor whose clock the test holds; a start in `bad_starts` fails, or hangs."""
 
-    def __init__(self, bad_starts=()):
+    def __init__(self, bad_starts=(), hanging_starts=()):
         self.now = 0.0
         self.delays = []
         self.handles = []
         self._bad_starts = bad_starts
+        self._hanging_starts = hanging_starts
         self.metrics = Metrics("m")
         self.driver = ClusterDriver(
             ClusterScheduler(),
@@ -68,7 +74,12 @@ class Supervised:
         )
 
     def _make(self, incarnation):
-        self.handles.append(Incarnation(starts=incarnation not in self._bad_starts))
+        self.handles.append(
+            Incarnation(
+                starts=incarnation not in self._bad_starts,
+                hangs=incarnation in self._hanging_starts,
+            )
+        )
         return self.handles[-1]
 
     async def _sleep(self, seconds):
@@ -131,6 +142,19 @@ def test_a_restart_that_fails_is_tried_again():
         assert fleet.delays == [0.5, 1, 2]
 
     supervised(scenario, bad_starts=(2, 3))
+
+
+def test_a_restart_that_hangs_is_given_up_and_tried_again(monkeypatch, caplog):
+    monkeypatch.setattr(supervisor, "MIN_RESTART_LIMIT_S", 0.05)
+
+    async def scenario(fleet):
+        fleet.fail()
+        await fleet.until_up()
+        assert fleet.delays == [0.5, 1]
+        assert [handle.is_stopped for handle in fleet.handles] == [False, True, False]
+
+    supervised(scenario, hanging_starts=(2,))
+    assert "instance i0 does not start: it took longer than 0.05 s" in caplog.messages
 
 
 def test_a_first_start_that_fails_is_the_users():
@@ -208,7 +232,7 @@ def test_a_server_that_drains_starts_nothing():
         draining = asyncio.ensure_future(fleet.driver.drain(timeout_s=5))
         await asyncio.sleep(0)
         fleet.fail()
-        assert await draining
+        assert not await draining, "a request that was accepted did not end well"
         await asyncio.sleep(0.01)
         assert len(fleet.handles) == 1
 

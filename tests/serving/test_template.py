@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, RequestError
+from serving.text import renderers
 from serving.text.chat import ChatTemplate, chat_template
 from serving.text.control import ControlTokens, make_guard
-from serving.text.renderers import Gone
+from serving.text.renderers import Gone, Late
 from serving.text.tokenizer import FAKE_CHAT_TEMPLATE, TextCodec, load_codec
 from tests.serving.scripted import CODEC, TEMPLATE
 from tests.serving.servers import running_server
@@ -230,9 +232,49 @@ def test_one_that_hangs_ends_though_nobody_waits_for_it():
     template.start()
     (process,) = template._renderers._idle
     job = {"variables": {"messages": user("loop")}, "max_chars": 9, "limit_s": 0.1}
-    with pytest.raises(Gone):
+    with pytest.raises((Gone, Late)):
         process.ask(job, 10.0)
     assert process._child.returncode in (-signal.SIGALRM, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_one_that_is_killed_or_frozen_at_work_is_replaced(ends):
+    """The signal stops it, so that it is surely at work when it is killed."""
+    template = ChatTemplate(EVIL, {}, num_processes=3)
+    templates = template._renderers
+    with templates._lent(is_new=True), templates._lent(is_new=True):
+        pass
+    pids = [process._child.pid for process in templates._idle]
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    rendered = []
+    thread = threading.Thread(target=lambda: rendered.append(template.render(user("x")).text))
+    thread.start()
+    if ends:
+        time.sleep(0.2)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    thread.join(20)
+    assert rendered == ["x"]
+
+
+@pytest.mark.parametrize("how", ["dies at work", "dies at once"])
+def test_what_cannot_render_at_all_is_not_the_clients_fault(monkeypatch, tmp_path, how):
+    program = tmp_path / "template.py"
+    program.write_text(
+        "import socket, struct\n"
+        "connection = socket.socket(fileno=0)\n"
+        "connection.recv(1 << 20)\n"
+        + ("" if how == "dies at once" else "connection.sendall(b'\\0\\0\\0\\x0c{\"names\":[]}')\n")
+        + "connection.recv(4)\n" * (how == "dies at work")
+    )
+    monkeypatch.setattr(renderers, "_PROGRAM", program)
+    template = ChatTemplate(EVIL, {}, num_processes=1)
+    for _ in range(2):
+        with pytest.raises(RequestError) as error:
+            template.render(user("x"))
+        assert error.value.status == 500
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

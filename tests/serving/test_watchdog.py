@@ -1,4 +1,4 @@
-"""When an instance that owes work has been quiet for too long, on a clock that the test holds."""
+"""When an instance that owes something was quiet for too long, on a clock that the test holds."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class Watched:
 
     def __init__(self):
         self.watchdog = Watchdog(LIMIT_S)
+        self.answers = True  # at once
+        self.num_pings = 0
         self.now = 100.0
         assert self.watchdog.verdict(self.now) is None
 
@@ -46,15 +48,46 @@ class Watched:
             wrong = self.watchdog.verdict(self.now)
             if wrong is not None:
                 return self.now - start_s, wrong
+            if self.watchdog.wants_ping(self.now):
+                self.num_pings += 1
+                if self.answers:
+                    self.watchdog.answered(self.now)
         return None
 
 
-def test_who_owes_nothing_may_be_quiet():
+def test_who_owes_nothing_may_be_quiet_but_answers():
     watched = Watched()
     assert watched.first_complaint(10 * LIMIT_S) is None
     watched.submit("a", "b")
     watched.step(finished=["a"], rejected=["b"])
     assert watched.first_complaint(10 * LIMIT_S) is None
+    assert watched.num_pings == pytest.approx(40, abs=2), "every half of the limit"
+
+
+def test_who_owes_nothing_and_does_not_answer_is_not_well():
+    watched = Watched()
+    watched.answers = False
+    after_s, wrong = watched.first_complaint(100)
+    assert LIMIT_S <= after_s <= 1.5 * LIMIT_S + 2 * watched.watchdog.interval_s
+    assert wrong == "no sign of life for 4 s"
+    assert watched.num_pings == 1
+
+
+def test_a_request_does_not_begin_the_limit_of_an_answer_anew():
+    watched = Watched()
+    watched.answers = False
+    watched.first_complaint(LIMIT_S)
+    watched.submit("a")
+    after_s, wrong = watched.first_complaint(100)
+    assert after_s < LIMIT_S
+    assert wrong == "no step for 4 s with 1 request"
+
+
+def test_an_answer_is_no_step():
+    watched = Watched()
+    watched.submit("a")
+    assert watched.first_complaint(100)
+    assert watched.num_pings == 0
 
 
 @pytest.mark.parametrize("before_s", [0.0, 0.3, 100.0])
@@ -84,9 +117,15 @@ def test_each_step_begins_the_limit_anew():
     assert watched.first_complaint(LIMIT_S + 1)
 
 
-def test_our_own_sleep_is_nobodys_fault():
+@pytest.mark.parametrize("is_idle", [False, True])
+def test_our_own_sleep_is_nobodys_fault(is_idle):
     watched = Watched()
-    watched.submit("a")
+    if is_idle:
+        watched.answers = False
+        while not watched.num_pings:
+            assert watched.first_complaint(watched.watchdog.interval_s) is None
+    else:
+        watched.submit("a")
     assert watched.first_complaint(1) is None
     watched.now += 1000  # stopped by the terminal, or the machine slept
     after_s, _ = watched.first_complaint(100)

@@ -1,0 +1,39 @@
+"""What a client is told when the cluster or an instance refuses its request."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, assert_never
+
+from scheduler.types import RejectReason
+from serving.errors import InvalidRequest, RequestError, Unavailable
+
+
+class Waits(NamedTuple):
+    """When to try again, seconds."""
+
+    queue_s: float  # the queue will have drained
+    instance_s: float  # an instance should be up
+
+
+def error_of(reason: RejectReason, waits: Waits, *, draining: bool) -> RequestError:
+    match reason:
+        case RejectReason.NEVER_FITS:
+            return InvalidRequest("prompt and max_tokens can never fit into the KV memory")
+        case RejectReason.QUEUE_FULL:
+            return Unavailable(
+                "the server is full; try again shortly",
+                code="queue_full",
+                retry_after_s=waits.queue_s,
+            )
+        case RejectReason.NO_INSTANCE if draining:
+            return Unavailable(
+                "the server is shutting down", code="draining", retry_after_s=waits.queue_s
+            )
+        case RejectReason.NO_INSTANCE:
+            return Unavailable(
+                "no instance is up", code="no_instance", retry_after_s=waits.instance_s
+            )
+        case RejectReason.DUPLICATE_ID:
+            return InvalidRequest("a request with this id is running", param="request_id")
+        case _:
+            assert_never(reason)

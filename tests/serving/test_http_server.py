@@ -1,0 +1,64 @@
+"""More clients than there are open files, or than the loop can take at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import socket
+import threading
+from urllib.parse import urlsplit
+
+from serving.http_server import AcceptFailures
+from tests.serving.servers import running_server
+from tests.serving.test_http import LONG, call, metric, wait_until
+from tests.serving.test_overload import post
+
+LIMIT = 200
+_PRELUDE = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({LIMIT}, {LIMIT}))"
+
+
+def answers(server):
+    with contextlib.suppress(ConnectionError):
+        response, payload = call(server, "POST", "/v1/completions", LONG | {"max_tokens": 2})
+        return response.status == 200 and json.loads(payload)["usage"]["completion_tokens"] == 2
+
+
+def test_a_flood_of_connections_neither_fills_the_log_nor_stops_who_is_served():
+    clients = contextlib.ExitStack()
+    with running_server("--fake", prelude=_PRELUDE) as server, clients:
+        lines = []
+        threading.Thread(target=lines.extend, args=(server.process.stderr,), daemon=True).start()
+        stream = post(server, LONG | {"stream": True, "max_tokens": 200})
+        response = stream.getresponse()
+        assert response.status == 200
+        at = urlsplit(server.url)
+        for _ in range(2 * LIMIT):
+            raw = clients.enter_context(socket.socket())
+            raw.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                raw.connect((at.hostname, at.port))
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        stream.close()
+        clients.close()
+        wait_until(lambda: answers(server))
+        assert metric(server, "hocket_requests_running") == 0
+        assert server.terminate() == 0
+    assert len(lines) < 10, lines[:10]
+
+
+def test_what_cannot_be_accepted_is_a_line_a_second(caplog):
+    now = 0.0
+    handler = AcceptFailures(clock=lambda: now)
+    full = OSError(errno.EMFILE, "Too many open files")
+    loop = asyncio.new_event_loop()
+    try:
+        for now in (0.0, 0.0, 0.9, 1.0, 1.5):  # noqa: B007 (the clock reads it)
+            handler(loop, {"message": "", "exception": full, "socket": None})
+        assert caplog.messages == ["clients cannot be accepted"] * 2
+        for context in ({"exception": full}, {"exception": ValueError("x"), "socket": None}):
+            handler(loop, {"message": "something else", **context})
+        assert [record.name for record in caplog.records[2:]] == ["asyncio"] * 2, "as it would say"
+    finally:
+        loop.close()
