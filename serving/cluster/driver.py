@@ -59,8 +59,6 @@ from serving.text.tokenizer import TextCodec
 
 log = logging.getLogger(__name__)
 
-# What the client is told when we cannot make an answer of its tokens; the log says why.
-
 
 class ClusterDriver:
     """Requests in, streams out."""

@@ -92,7 +92,7 @@ def test_a_request_that_fails_is_told_why_and_its_neighbour_goes_on(stream):
             assert failed.status == 500
             error = failed.json()["error"]
         assert (error["type"], error["code"]) == ("server_error", "generation_failed")
-        assert error["message"] == "the model failed on this request; the server's log says why"
+        assert error["message"] == "this request could not be computed; the server's log says why"
         assert neighbour.json()["choices"][0]["text"] == "abcdefgh"
         assert (await server.complete(prompt="z")).status == 200
         assert server.driver.ready
