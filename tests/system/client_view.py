@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from loadgen.distribution import samples_needed
 from loadgen.types import Record, Run
 from serving.telemetry.panels import INSTANCE_LEGEND
 
@@ -53,6 +54,7 @@ class Quantile:
     legend: str
     value: float
     metric: str
+    is_known: bool  # whether there were samples enough to speak of it, as the generator judges
 
 
 Known = Total | Value | Quantile
@@ -92,7 +94,8 @@ def everything(run: Run) -> Iterator[Known]:
         for percent in (50, 90, 99):
             # The sample in whose bucket Prometheus's quantile lies, if both saw the same.
             sample = np.percentile(samples, percent, method="inverted_cdf")
-            yield Quantile(title, f"p{percent}", float(sample), metric)
+            is_known = len(samples) >= samples_needed(f"p{percent}")
+            yield Quantile(title, f"p{percent}", float(sample), metric, is_known)
 
 
 def _samples(done: Sequence[Record]) -> dict[tuple[str, str], list[float]]:

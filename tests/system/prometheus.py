@@ -4,8 +4,8 @@
 
 It installs nothing. Exits with 1 if a query is empty or not finite, if promtool finds fault with
 the page or the rules, or if a panel differs by more than 5 % from what the load generator knows of
-it. A quantile may differ by more, if the client's is in the same bucket, and a mean TTFT or E2E be
-3 ms shorter than the client's, who is not in the server.
+it. A quantile may differ by more, if the client's is in the same bucket or there are too few samples
+to know it; and a mean TTFT or E2E be 3 ms shorter than the client's, who is not in the server.
 
 Three loads: one of long requests, one of many short ones, of which the HTTP part is a good part of
 the TTFT, and a burst that is refused in part.
@@ -244,6 +244,8 @@ def compare(source: str, url: str, run: Run, name: str, known: Iterable[Known]) 
         true, why = abs(off) <= TOLERANCE, ""
         if not true and isinstance(item, Quantile):
             true, why = _in_bucket(item, value)
+            if not item.is_known:
+                true, why = True, f"{why}, too few samples to judge it"
         elif not true and isinstance(item, Value) and 0 <= client - value <= item.slack:
             true, why = True, f"{1000 * (client - value):.1f} ms on the way"
         print(f"{shown:56} {value:10.4f} {client:10.4f} {off:8.1%}  {why}")
