@@ -4,8 +4,9 @@
 
 It installs nothing. Exits with 1 if a query is empty or not finite, if promtool finds fault with
 the page or the rules, or if a panel differs by more than 5 % from what the load generator knows of
-it. A quantile may differ by more, if the client's is in the same bucket or there are too few samples
-to know it; and a mean TTFT or E2E be 3 ms shorter than the client's, who is not in the server.
+it. A quantile may differ by more, if the client's is in the same bucket or there are too few
+samples to know it; and a mean TTFT or E2E be 3 ms shorter than the client's, who is not in the
+server.
 
 Three loads: one of long requests, one of many short ones, of which the HTTP part is a good part of
 the TTFT, and a burst that is refused in part.
