@@ -34,7 +34,7 @@ _MIN_STARTS, _MIN_BUSY_S = 8, 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionLimits:
-    """Of the whole server; a tenant may take `tenant_share` of each."""
+    """Of the whole server; a tenant may take `tenant_share` of each, and run as many as it can."""
 
     max_num_running: int = 64
     max_num_waiting: int = 512
@@ -297,7 +297,7 @@ class Admission:
         max_num_streams = max(1, part * limits.max_num_streams)
         if tally.num_streams + num_streams > max_num_streams:
             return RefusalReason.STREAMS, max_num_streams
-        max_num_open = max(1, part * (limits.max_num_running + limits.max_num_waiting))
+        max_num_open = max(1, limits.max_num_running + int(part * limits.max_num_waiting))
         if num_requests > max_num_open:
             return RefusalReason.TOO_MANY, max_num_open
         num_open = tally.num_queued + tally.num_running
@@ -309,7 +309,7 @@ class Admission:
             return RefusalReason.TOKENS, max_num_tokens
         # The server's rate also for a tenant: how fast its own start depends on all the others.
         rates = self._server.rate.per_second(now)
-        num_before = num_open - part * limits.max_num_running
+        num_before = num_open - limits.max_num_running
         if rates is not None and num_before > max(0, part * rates[0] * limits.max_queue_age_s):
             return RefusalReason.AGE, limits.max_queue_age_s
         return None

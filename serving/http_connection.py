@@ -169,6 +169,11 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: RequestError) -> None:
         """Answer and close; where an answer has begun, only close."""
+        cycle: Any = self.cycle  # none before the first request
+        if cycle is not None and not cycle.response_complete:
+            # What is being answered came before what is wrong: nobody will read it any more.
+            cycle.disconnected = True
+            cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = msgspec.json.encode(error.body())
             headers = error.headers() | {
@@ -185,3 +190,9 @@ class Connection(H11Protocol):
             for event in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+class FewConnections(Connection):
+    """Of operators: they must not take the files that clients and the instance need."""
+
+    max_connections = 32

@@ -36,13 +36,13 @@ _KEEP_ALIVE_S = 75
 class HttpServer(uvicorn.Server):
     """uvicorn without its signals: whoever runs it knows when to leave."""
 
-    def __init__(self, port: Port) -> None:
+    def __init__(self, port: Port, protocol: type[Connection] = Connection) -> None:
         self.port = port
         self.entrance = Entrance()
         super().__init__(
             uvicorn.Config(
                 HangUp(self.entrance),
-                http=Connection,
+                http=protocol,
                 ws="none",
                 backlog=ACCEPTS_AT_ONCE,  # which is all that asyncio does with it but for `listen`
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,

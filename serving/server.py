@@ -30,6 +30,7 @@ from serving.cluster.supervisor import Supervisor
 from serving.config import ServeConfig
 from serving.connections import set_options
 from serving.errors import RequestError
+from serving.http_connection import FewConnections
 from serving.http_server import HttpServer
 from serving.keys import watched
 from serving.metrics import Metrics
@@ -81,7 +82,7 @@ async def serve(
     starting = asyncio.ensure_future(supervisor.start())
     set_options(api.listener, config.slow_client_timeout_s)
     api_server = HttpServer(api)
-    admin_server = None if admin is None else HttpServer(admin)
+    admin_server = None if admin is None else HttpServer(admin, FewConnections)
     servers = [server for server in (api_server, admin_server) if server is not None]
     ending = _Ending(driver, config.drain_timeout_s, starting, servers)
     warming = asyncio.ensure_future(_warm(template, codec))

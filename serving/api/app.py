@@ -23,7 +23,6 @@ from serving.api.headers import HeaderLimits, PlainPaths
 from serving.api.request_id import RequestIds
 from serving.api.responses import json_response
 from serving.api.service import Service
-from serving.api.turns import Turns
 from serving.api.version import VERSION
 from serving.errors import InvalidRequest, RequestError
 from serving.ports import PortRules
@@ -41,7 +40,7 @@ def create_app(service: Service, rules: PortRules) -> FastAPI:
     routers = [
         _wrapped(completions.router(service), gate(Endpoint.COMPLETIONS)),
         _wrapped(chat.router(service), gate(Endpoint.CHAT)),
-        _wrapped(tokenize.router(service), Turns().of),
+        tokenize.router(service),
         models.router(service),
         status.router(service),
     ]

@@ -10,6 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api.refusal import refuse
 from serving.errors import BodyTooLarge, RequestTimedOut, Unavailable
 
+# Most bodies: they pass, whatever others withhold.
+_SMALL_BYTES = 64 << 10
+
 
 class BodyLimit:
     """ASGI middleware. Reads the body before the application does, up to the limits.
@@ -72,7 +75,7 @@ class BodyLimit:
                     raise self._too_large()
                 if not message.get("more_body", False):
                     return bytes(body)
-                if self._num_free_bytes < 0:
+                if self._num_free_bytes < 0 and len(body) > _SMALL_BYTES:
                     raise Unavailable("too many bodies are on their way", code="queue_full")
         finally:
             self._num_free_bytes += len(body)

@@ -9,6 +9,7 @@ import time
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.admission import jittered
 from serving.api.refusal import refuse
 from serving.api.request_id import RequestIds
 from serving.api.watch import Clock
@@ -39,6 +40,8 @@ class Entrance:
             error = Unavailable(
                 "the model is still loading",
                 code=LOADING,
-                retry_after_s=min(max(so_far_s, 1.0), _MAX_RETRY_S),
+                retry_after_s=jittered(
+                    min(max(so_far_s, 1.0), _MAX_RETRY_S), scope["state"]["request_id"]
+                ),
             )
             await refuse(error, scope, receive, send)

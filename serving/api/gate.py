@@ -6,6 +6,7 @@ came. What the bounds are is `serving.admission`'s.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -144,8 +145,8 @@ def error_of(refusal: Refusal) -> RequestError:
     """Return what the client is told."""
     if refusal.reason is RefusalReason.TOO_MANY:
         return InvalidRequest(
-            f"that is more than the {refusal.limit:.0f} answers that this server computes for you "
-            "at a time: send fewer prompts, or a smaller n",
+            f"that is more than the {math.floor(refusal.limit)} answers that this server computes "
+            "for you at a time: send fewer prompts, or a smaller n",
             param="n",
         )
     what = _WORDS[refusal.reason]

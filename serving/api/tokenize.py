@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from serving.api.answer_schemas import Detokenized, Tokenized, TokenizerInfo, answered_with
@@ -16,6 +16,7 @@ from serving.api.responses import json_response
 from serving.api.sampling import check_ids
 from serving.api.schemas import DetokenizeRequest, TokenizeRequest
 from serving.api.service import Service
+from serving.api.turns import Turns
 from serving.errors import InvalidRequest
 
 _OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
@@ -23,18 +24,23 @@ _OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_templat
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute)
+    turns = Turns(service.metrics, service.config.admission.tenant_share)
 
     @routes.post("/tokenize", responses=answered_with(Tokenized))
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Return the token ids of a prompt, or of messages as the model would see them."""
         service.check_names(body)
-        return json_response(await asyncio.to_thread(_tokenized, service, body))
+        async with turns.one(request):
+            value = await asyncio.to_thread(_tokenized, service, body)
+        return json_response(value)
 
     @routes.post("/detokenize", responses=answered_with(Detokenized))
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """Return the text of token ids, special tokens included."""
         service.check_names(body)
-        return json_response(await asyncio.to_thread(_detokenized, service, body))
+        async with turns.one(request):
+            value = await asyncio.to_thread(_detokenized, service, body)
+        return json_response(value)
 
     @routes.get("/tokenizer_info", responses=answered_with(TokenizerInfo))
     async def tokenizer_info() -> Response:

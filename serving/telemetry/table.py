@@ -51,10 +51,16 @@ REJECTED = "rejected"
 WAITING_REASONS = ("capacity", "deferred")
 BLOCK_STATES = ("used", "cached", "claimed", "free")
 TIMEOUT = "timeout"  # by the client's own limit
-QUEUE_TIMEOUT = "queue_timeout"
+QUEUE_TIMEOUT, TOKENIZER = "queue_timeout", "tokenizer"
 LOADING, DRAINING, NO_INSTANCE = "loading", "draining", RejectReason.NO_INSTANCE.value
 _OUTCOMES = (*(reason.value for reason in FinishReason), REJECTED, TIMEOUT)
-_REASONS = (*(reason.value for reason in RejectReason), DRAINING, *REFUSAL_LABELS, QUEUE_TIMEOUT)
+_REASONS = (
+    *(reason.value for reason in RejectReason),
+    DRAINING,
+    *REFUSAL_LABELS,
+    QUEUE_TIMEOUT,
+    TOKENIZER,
+)
 
 # The facts: what happened, and who told.
 _ARRIVAL = "a request is accepted (driver)"

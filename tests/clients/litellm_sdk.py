@@ -1,5 +1,5 @@
 # env litellm: litellm>=1.100,<2
-# server: --fake --max-model-len 2048 --max-num-running 2 --max-num-waiting 2 --tenant-share 0.25
+# server: --fake --max-model-len 2048 --max-num-streams 4 --tenant-share 0.25
 # tenants: modest greedy
 """LiteLLM, as hosted_vllm/ and openai/: answers, streams, and the classes of its errors."""
 

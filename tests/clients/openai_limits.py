@@ -1,6 +1,6 @@
 # env openai2: openai>=2,<3
 # env openai3: openai>=3,<4
-# server: --fake --max-model-len 2048 --max-num-running 2 --max-num-waiting 2 --tenant-share 0.25
+# server: --fake --max-model-len 2048 --max-num-streams 4 --tenant-share 0.25
 # tenants: modest greedy
 """openai-python with keys: what a wrong key and a tenant with too much open raise, and retries."""
 

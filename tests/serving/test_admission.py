@@ -82,8 +82,10 @@ def test_streams_are_bounded_even_when_nothing_is_queued():
 
 def test_a_tenant_is_told_429_at_its_share_and_others_go_on():
     at = admission(tenant_share=0.4)
-    assert all(isinstance(enter(at, name, tenant="greedy"), Ticket) for name in "ab")
-    refusal = enter(at, "c", tenant="greedy")
+    assert all(isinstance(enter(at, name, tenant="greedy"), Ticket) for name in "abc"), (
+        "all that run, and its share of those that queue"
+    )
+    refusal = enter(at, "x", tenant="greedy")
     assert refusal.is_tenants
     error = error_of(refusal)
     assert (error.status, error.code) == (429, "rate_limit_exceeded")

@@ -163,6 +163,17 @@ def test_too_many_connections_are_told_to_come_back():
     run(scenario, protocol=Narrow)
 
 
+def test_rubbish_behind_a_head_that_is_refused_is_told_once_and_logged_never(caplog):
+    async def scenario(address, server):
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        answer = await asyncio.to_thread(exchange, address, head + b"ZZ\r\nrubbish\r\n")
+        assert answer.status == 400
+        await asyncio.sleep(0.05)
+
+    run(scenario)
+    assert "Exception" not in caplog.text
+
+
 class Slow:
     """An application that answers when its client has gone, or the test says so."""
 
@@ -303,8 +314,9 @@ def test_a_body_that_does_not_come_is_408(monkeypatch, declares):
     run(scenario, app=app)
 
 
-def test_bodies_that_are_withheld_are_bounded_in_sum(monkeypatch):
+def test_large_bodies_that_are_withheld_are_bounded_in_sum(monkeypatch):
     monkeypatch.setattr("serving.api.refusal._LINGER_S", 0.05)
+    monkeypatch.setattr("serving.api.body_limit._SMALL_BYTES", 4)
     app = BodyLimit(answer_ok, max_bytes=10, max_total_bytes=15, timeout_s=0.3)
 
     async def scenario(address, server):
@@ -317,6 +329,9 @@ def test_bodies_that_are_withheld_are_bounded_in_sum(monkeypatch):
         assert refused.error["code"] == "queue_full"
         whole = await asyncio.to_thread(exchange, address, head + b"123456789")
         assert whole.status == 200, "what was given up counts no more"
+        small = (exchange, address, head + b"1234")
+        found = await asyncio.gather(*(asyncio.to_thread(*small) for _ in range(5)))
+        assert {answer.status for answer in found} == {408}, "a small one waits for its end"
 
     run(scenario, app=app)
 

@@ -71,7 +71,7 @@ def test_a_tenant_at_its_share_is_told_429_and_others_go_on():
     keys = {tenant: f"{tenant}-0123456789abcdef" for tenant in ("greedy", "modest")}
     environ = {"HOCKET_API_KEYS": ",".join(f"{tenant}: {key}" for tenant, key in keys.items())}
     greedy, modest = ({"Authorization": f"Bearer {key}"} for key in keys.values())
-    bounds = ("--max-num-running", "2", "--max-num-waiting", "2", "--tenant-share", "0.25")
+    bounds = ("--max-num-streams", "4", "--tenant-share", "0.25")
     with running_server("--fake", *bounds, env=environ) as server, busy(server, greedy):
         for body in (LONG, LONG | {"stream": True}):
             response, payload = call(server, "POST", "/v1/completions", body, greedy)
@@ -83,7 +83,7 @@ def test_a_tenant_at_its_share_is_told_429_and_others_go_on():
         body = LONG | {"max_tokens": 2}
         assert call(server, "POST", "/v1/completions", body, modest)[0].status == 200
         assert call(server, "POST", "/v1/completions", body)[0].status == 401, "before its share"
-        assert refusals(server) == {"tenant_requests": 2}
+        assert refusals(server) == {"tenant_streams": 2}
 
 
 def test_whoever_waited_too_long_is_refused_and_what_runs_goes_on():

@@ -3,44 +3,66 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
+from serving.api.answers import ClientGone
 from serving.api.turns import Turns
+from serving.errors import TooManyRequests, Unavailable
+from serving.metrics import Metrics
 from tests.serving.scripted import Server, says
 
 
-async def statuses(app, number):
-    """Ask so many times at once; return what each was answered, None where nothing was."""
-    seen = [[] for _ in range(number)]
+def asked_by(tenant="t", *, is_gone=False):
+    async def is_disconnected():
+        return is_gone
 
-    async def ask(messages):
-        async def send(message):
-            messages.append(message)
-
-        await app({"type": "http"}, None, send)
-
-    await asyncio.gather(*map(ask, seen), return_exceptions=True)
-    return [messages[0]["status"] if messages else None for messages in seen]
+    state = SimpleNamespace(tenant=tenant, request_id="r")
+    return SimpleNamespace(state=state, is_disconnected=is_disconnected)
 
 
-@pytest.mark.parametrize("served", [200, None])
-def test_one_at_a_time_and_some_may_wait(served):
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_at_a_time_and_some_may_wait(fails):
     running = []
 
-    async def app(scope, receive, send):
-        running.append(1)
-        assert len(running) == 1
-        await asyncio.sleep(0)
-        running.pop()
-        if served is None:
-            raise RuntimeError
-        await send({"type": "http.response.start", "status": served, "headers": []})
+    async def ask(turns, request):
+        async with turns.one(request):
+            running.append(1)
+            assert len(running) == 1
+            await asyncio.sleep(0)
+            running.pop()
+            if fails:
+                raise RuntimeError
 
     async def scenario():
-        turns = Turns(max_num_waiting=3).of(app)
-        assert await statuses(turns, 6) == [served] * 4 + [503] * 2
-        assert await statuses(turns, 4) == [served] * 4, "their places are free again"
+        turns = Turns(Metrics("m"), 1.0, max_num_waiting=3)
+        served = RuntimeError if fails else type(None)
+        for expected in ([served] * 4 + [Unavailable] * 2, [served] * 4):
+            asking = (ask(turns, asked_by()) for _ in expected)
+            seen = await asyncio.gather(*asking, return_exceptions=True)
+            assert [type(one) for one in seen] == expected, "the second time places are free again"
+
+    asyncio.run(scenario())
+
+
+def test_a_tenant_has_its_share_and_who_left_has_no_turn():
+    async def scenario():
+        turns = Turns(Metrics("m"), 0.5, max_num_waiting=3)
+        async with turns.one(asked_by("greedy")):
+            second = asyncio.ensure_future(enter(turns, asked_by("greedy", is_gone=True)))
+            await asyncio.sleep(0)
+            with pytest.raises(TooManyRequests):
+                await enter(turns, asked_by("greedy"))
+            modest = asyncio.ensure_future(enter(turns, asked_by("modest")))
+            await asyncio.sleep(0)
+        with pytest.raises(ClientGone):
+            await second
+        await modest
+
+    async def enter(turns, request):
+        async with turns.one(request):
+            pass
 
     asyncio.run(scenario())
 
@@ -54,5 +76,7 @@ def test_the_tokenizer_takes_turns():
             assert found.count(200) >= 65
             refused = answers[found.index(503)]
             assert int(refused.headers["retry-after"]) >= 1
+            counted = server.metric('hocket_request_rejections_total{model="m",reason="tokenizer"}')
+            assert counted == found.count(503)
 
     asyncio.run(scenario())
