@@ -93,7 +93,8 @@ TABLE: tuple[Metric, ...] = (
         vllm=Alias("num_requests_waiting_by_reason"), dashboard="engine",
     ),
     Metric(
-        "counter", "requests", "Requests by outcome; each choice of n is one", _ENDED,
+        "counter", "requests",
+        "Requests by outcome; each choice of n is one, but a call refused as a whole is one", _ENDED,
         labels=("endpoint", "outcome"),
         values={"endpoint": tuple(Endpoint), "outcome": _OUTCOMES}, dashboard="overview",
         vllm=Alias(
