@@ -94,7 +94,7 @@ TABLE: tuple[Metric, ...] = (
     ),
     Metric(
         "counter", "requests",
-        "Requests by outcome; each choice of n is one, but a call refused as a whole is one", _ENDED,
+        "Requests by outcome: each choice of n, or a call that was refused as a whole", _ENDED,
         labels=("endpoint", "outcome"),
         values={"endpoint": tuple(Endpoint), "outcome": _OUTCOMES}, dashboard="overview",
         vllm=Alias(
