@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -10,7 +10,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from serving.api import chat, completions, docs_page, models, status, tokenize
 from serving.api.access import Access
@@ -34,12 +33,9 @@ _MAX_MESSAGE_CHARS = 200
 
 
 def create_app(service: Service, rules: PortRules) -> FastAPI:
-    def gate(endpoint: Endpoint) -> Callable[[ASGIApp], ASGIApp]:
-        return lambda app: Gate(app, service.admission, service.driver, service.metrics, endpoint)
-
     routers = [
-        _wrapped(completions.router(service), gate(Endpoint.COMPLETIONS)),
-        _wrapped(chat.router(service), gate(Endpoint.CHAT)),
+        _gated(completions.router(service), service, Endpoint.COMPLETIONS),
+        _gated(chat.router(service), service, Endpoint.CHAT),
         tokenize.router(service),
         models.router(service),
         status.router(service),
@@ -49,11 +45,11 @@ def create_app(service: Service, rules: PortRules) -> FastAPI:
     return app
 
 
-def _wrapped(router: APIRouter, wrap: Callable[[ASGIApp], ASGIApp]) -> APIRouter:
-    """Put what serves each route behind something: by route, whatever its path looks like."""
+def _gated(router: APIRouter, service: Service, endpoint: Endpoint) -> APIRouter:
+    """Put what serves each route behind the gate: by route, whatever its path looks like."""
     for route in router.routes:
         assert isinstance(route, Route)
-        route.app = wrap(route.app)
+        route.app = Gate(route.app, service.admission, service.driver, service.metrics, endpoint)
     return router
 
 

@@ -145,19 +145,25 @@ def test_an_idle_connection_may_wait_longer_than_a_head():
     run(scenario)
 
 
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 (the server does it by itself)
+            await asyncio.sleep(0.001)
+
+
 def test_too_many_connections_are_told_to_come_back():
     class Narrow(Connection):
         max_connections = 2
 
     async def scenario(address, server):
         held = [await asyncio.to_thread(socket.create_connection, address) for _ in range(2)]
-        await asyncio.sleep(0.05)
+        await until(lambda: len(server.server_state.connections) == 2)
         answer = await asyncio.to_thread(exchange, address)
         assert (answer.status, answer.error["code"]) == (503, "too_many_connections")
         assert answer.headers["retry-after"]
         for raw in held:
             raw.close()
-        await asyncio.sleep(0.05)
+        await until(lambda: not server.server_state.connections)
         assert (await asyncio.to_thread(exchange, address, HEAD + b"\r\n")).status == 200
 
     run(scenario, protocol=Narrow)
@@ -168,7 +174,7 @@ def test_rubbish_behind_a_head_that_is_refused_is_told_once_and_logged_never(cap
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         answer = await asyncio.to_thread(exchange, address, head + b"ZZ\r\nrubbish\r\n")
         assert answer.status == 400
-        await asyncio.sleep(0.05)
+        await until(lambda: not server.server_state.tasks)
 
     run(scenario)
     assert "Exception" not in caplog.text
