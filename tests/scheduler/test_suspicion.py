@@ -1,7 +1,7 @@
 """Requests that instances die of: found after few deaths, kept out for a while, none else blamed.
 
-Driven through the cluster scheduler; a *poison* kills whatever instance it was sent to before it has
-a token.
+Driven through the cluster scheduler; a *poison* kills each instance that it was sent to, before it
+has a token.
 """
 
 from __future__ import annotations
@@ -83,9 +83,12 @@ class Fleet:
         self.tell(FirstToken(RequestId(name), self.where[name]))
 
 
-def test_the_only_doubtful_one_is_to_blame():
+def test_the_one_that_was_at_more_deaths_in_a_row_than_all_others_is_to_blame():
     assert culprit([("r", 2), ("s", 1), ("t", 0)]) == "r"
-    assert culprit([("r", 2), ("s", 2)]) is None
+    assert culprit([("r", 1), ("s", 2), ("t", 1)]) == "s"
+    assert culprit([("r", 2), ("s", 3), ("t", 2)]) == "s", "s was on trial, the others were not"
+    assert culprit([("r", 2), ("s", 2), ("t", 1)]) is None
+    assert culprit([("r", 2), ("s", 3), ("t", 3), ("u", 2)]) is None
     assert culprit([("r", 1)]) is None
     assert culprit([]) is None
 
