@@ -266,20 +266,16 @@ class ClusterScheduler:
             return
         if self._affinity is not None:
             self._affinity.forget(instance_id)
-        yield from self._bereave(self._owned(ledger), now, was_ours=was_ours)
+        yield from self._bereave(ledger, now, was_ours=was_ours)
 
-    def _bereave(
-        self, lost: list[Assignment], now: float, *, was_ours: bool
-    ) -> Iterator[ClusterAction]:
+    def _bereave(self, ledger: Ledger, now: float, *, was_ours: bool) -> Iterator[ClusterAction]:
         """Have requests that lost their instance go on, but for those that it may have died of."""
-        blamed = None
+        lost, blamed = self._owned(ledger), None
         if not was_ours:
             for request in lost:
                 request.num_losses += 1
-                request.strikes += 1
-            blamed = culprit((request, request.strikes) for request in lost)
-            if blamed is not None:
-                self._quarantine.add(blamed.spec, now)
+            if len(lost) == len(ledger.assigned):  # else it may be one that was moved away
+                blamed = self._suspect(lost, now)
         for request in lost:
             if request.is_cancelled:  # nobody waits for it, but it may have been the one
                 del self._requests[request.request_id]
@@ -289,6 +285,14 @@ class ClusterScheduler:
                 yield self._fail(request, FailReason.TOO_MANY_LOSSES)
             else:
                 self._interrupt(request)
+
+    def _suspect(self, lost: list[Assignment], now: float) -> Assignment | None:
+        for request in lost:
+            request.strikes += 1
+        blamed = culprit((request, request.strikes) for request in lost)
+        if blamed is not None:
+            self._quarantine.add(blamed.spec, now)
+        return blamed
 
     def _move_away(self, ledger: Ledger) -> Iterator[ClusterAction]:
         for request in self._owned(ledger):

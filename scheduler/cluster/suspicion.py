@@ -1,9 +1,9 @@
 """Which requests instances die of: found by what they have in common, and kept out for a while.
 
 A request that was on an instance when it died is replayed at once with all others. One that was
-there again, and had not got on by a single token in between, is *doubtful*: if it was there more
-often than all others, it is to blame; else the doubtful ones are tried one at a time. So one request
-brings down two instances, three at most, and nobody is blamed for having been beside it.
+there again, and had not got on by a single token in between, is *doubtful*: if it was at more
+deaths than all others there, it is to blame; else the doubtful ones are tried one at a time. So one
+request brings down two instances, three at most, and nobody is blamed for having been beside it.
 """
 
 from __future__ import annotations

@@ -203,6 +203,19 @@ def test_one_that_was_moved_away_is_not_blamed_for_the_death_of_where_it_was():
     assert fleet.failed == {}
 
 
+def test_nobody_is_suspected_while_one_that_was_moved_away_is_not_yet_let_go():
+    fleet = Fleet(1)
+    fleet.arrive("x")
+    fleet.kill(InstanceId("i0"))
+    fleet.arrive("p")
+    fleet.tell(MoveAway(InstanceId("i0")))
+    fleet.tell(Ended(RequestId("x"), InstanceId("i0")))
+    assert fleet.where["x"] == "i0", "it is back, and p is still there"
+    fleet.kill(InstanceId("i0"))
+    assert fleet.failed == {}
+    assert fleet.where == {"x": "i0", "p": "i0"}
+
+
 def test_moving_a_doubtful_one_does_not_end_its_trial():
     fleet = Fleet(1)
     fleet.arrive(*"pq")
