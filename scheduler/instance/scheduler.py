@@ -220,9 +220,11 @@ class InstanceScheduler:
             if request.num_scheduled < request.num_tokens:
                 raise InvariantError(f"request {request_id} was to sample nothing")
             output_token_ids = request.output_token_ids
-            if not output_token_ids or not request.num_tokens % block_size:
+            # The first here: of a request, or of one that goes on from elsewhere.
+            is_first = not output_token_ids or not request.is_announced
+            if is_first or not request.num_tokens % block_size:
                 self._prefixes.publish(request, request.num_tokens)
-            if not output_token_ids:
+            if is_first:
                 _announce(request, events)
             events.append(TokenEvent(request_id, len(output_token_ids), token_id, logprobs))
             request.append(token_id)
