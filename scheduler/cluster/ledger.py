@@ -44,7 +44,10 @@ class Ledger:
     __slots__ = (
         "_in_flight",
         "_is_trusted",
+        "_load",
+        "_max_num_assigned",
         "_num_by_rank",
+        "_num_in_flight_blocks",
         "_num_sent",
         "_waiting",
         "_waiting_tokens",
@@ -53,6 +56,7 @@ class Ledger:
         "doubtful",
         "instance_id",
         "is_draining",
+        "num_waiting_tokens",
         "view",
     )
 
@@ -66,12 +70,16 @@ class Ledger:
         self.is_draining = False
         self.doubtful: RequestId | None = None  # on trial here: see `suspicion`
         self.assigned: dict[RequestId, _Entry] = {}
+        self.num_waiting_tokens = 0  # of those that have no token since they were sent
+        self._max_num_assigned = -(-capacity.max_num_running * (_SPARE_SHARE + 1) // _SPARE_SHARE)
         self._waiting: set[RequestId] = set()  # no token of them since they were sent
         self._num_by_rank: dict[int, int] = {}
         self._waiting_tokens: dict[int, int] = {}  # by rank
         self._in_flight: deque[_Sent] = deque()  # sent and in no report yet
+        self._num_in_flight_blocks = 0
         self._num_sent = 0
         self._is_trusted = is_trusted
+        self._load: InstanceLoad | None = None  # until something changes
 
     # --- what happens ---
 
@@ -81,8 +89,12 @@ class Ledger:
         self._waiting.add(request_id)
         self._num_by_rank[rank] = self._num_by_rank.get(rank, 0) + 1
         self._waiting_tokens[rank] = self._waiting_tokens.get(rank, 0) + num_tokens
+        self.num_waiting_tokens += num_tokens
         self._num_sent += 1
-        self._in_flight.append(_Sent(self._num_sent, self._blocks(num_tokens)))
+        num_blocks = self._blocks(num_tokens)
+        self._in_flight.append(_Sent(self._num_sent, num_blocks))
+        self._num_in_flight_blocks += num_blocks
+        self._load = None
 
     def began(self, request_id: RequestId) -> None:
         """The first token of a request came from there."""
@@ -90,6 +102,8 @@ class Ledger:
         if entry is not None and request_id in self._waiting:
             self._waiting.remove(request_id)
             _take(self._waiting_tokens, entry.rank, entry.num_tokens)
+            self.num_waiting_tokens -= entry.num_tokens
+            self._load = None
         if self.doubtful == request_id:
             self.doubtful = None
 
@@ -99,11 +113,18 @@ class Ledger:
         entry = self.assigned.pop(request_id, None)
         if entry is not None:
             _take(self._num_by_rank, entry.rank, 1)
+            self._load = None
 
     def report(self, view: InstanceView) -> None:
         self.view = view
         while self._in_flight and self._in_flight[0].number <= view.num_given:
-            self._in_flight.popleft()
+            self._num_in_flight_blocks -= self._in_flight.popleft().num_blocks
+        self._load = None
+
+    def drain(self) -> None:
+        """It gets nothing new from now on."""
+        self.is_draining = True
+        self._load = None
 
     # --- what follows ---
 
@@ -115,24 +136,23 @@ class Ledger:
         """
         if self.is_draining:
             return False
-        max_num_running = self.capacity.max_num_running
-        max_num_assigned = max_num_running + -(-max_num_running // _SPARE_SHARE)
-        return (
-            _up_to(self._num_by_rank, rank) < max_num_assigned
-            and _up_to(self._waiting_tokens, rank) < self.capacity.max_num_waiting_tokens
+        most, max_num_waiting_tokens = self._max_num_assigned, self.capacity.max_num_waiting_tokens
+        return (len(self.assigned) < most or _up_to(self._num_by_rank, rank) < most) and (
+            self.num_waiting_tokens < max_num_waiting_tokens
+            or _up_to(self._waiting_tokens, rank) < max_num_waiting_tokens
         )
 
     def load(self) -> InstanceLoad:
-        view = self.view
-        if not self._is_trusted:
-            num_requests = 0 if view is None else view.num_running + view.num_waiting
-            return InstanceLoad(self.instance_id, num_requests, 0, self.freeness(dispatch=True))
-        return InstanceLoad(
-            self.instance_id,
-            len(self.assigned),
-            sum(self._waiting_tokens.values()),
-            self.freeness(dispatch=True),
-        )
+        """Return what policies go by; made anew when something changed, as all are asked often."""
+        if self._load is None:
+            num_requests, num_waiting_tokens = len(self.assigned), self.num_waiting_tokens
+            if not self._is_trusted:
+                view = self.view
+                num_requests = 0 if view is None else view.num_running + view.num_waiting
+                num_waiting_tokens = 0
+            freeness = self.freeness(dispatch=True)
+            self._load = InstanceLoad(self.instance_id, num_requests, num_waiting_tokens, freeness)
+        return self._load
 
     def freeness(self, *, dispatch: bool = False) -> float:
         """Return (M - ΣV) / B: the steps that its KV memory lasts, were it to run on as now.
@@ -153,9 +173,11 @@ class Ledger:
             num_waiting_blocks = self._blocks(view.num_waiting_tokens)
             num_head_blocks = view.num_head_blocks
         if dispatch:
-            sent = self._in_flight if self._is_trusted else ()
-            demand = num_waiting_blocks + sum(entry.num_blocks for entry in sent)
-            batch = num_running + num_waiting + len(sent)
+            demand = num_waiting_blocks
+            batch = num_running + num_waiting
+            if self._is_trusted:
+                demand += self._num_in_flight_blocks
+                batch += len(self._in_flight)
         else:
             demand = num_head_blocks
             batch = num_running + (1 if num_waiting else 0)

@@ -124,7 +124,7 @@ class ClusterScheduler:
             "instances": {
                 instance_id: {
                     "num_assigned": len(ledger.assigned),
-                    "num_waiting_tokens": ledger.load().num_waiting_tokens,
+                    "num_waiting_tokens": ledger.num_waiting_tokens,
                     "freeness": ledger.freeness(),
                     "draining": ledger.is_draining,
                 }
@@ -193,7 +193,7 @@ class ClusterScheduler:
             case InstanceDown(instance_id, was_ours):
                 yield from self._lose(instance_id, now, was_ours=was_ours)
             case InstanceDraining(instance_id) if instance_id in self._instances:
-                self._instances[instance_id].is_draining = True
+                self._instances[instance_id].drain()
             case MoveAway(instance_id) if instance_id in self._instances:
                 yield from self._move_away(self._instances[instance_id])
         if self.is_open:

@@ -73,9 +73,9 @@ class Load:
 
     def fill(self) -> None:
         """Bring the live requests up to their number, and tell of first tokens on the way."""
-        for index in range(NUM_LIVE):
+        for _ in range(NUM_LIVE):
             self._arrive()
-            if index % 4 and self._waiting:
+            while len(self._waiting) > NUM_INSTANCES:
                 self._begin()
         self.seconds.clear()
 

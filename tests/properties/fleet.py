@@ -458,8 +458,7 @@ class Fleet:
             ledger = cluster.ledgers()[one.name]
             assert ledger.assigned.keys() == one.owed.keys()
             assert len(ledger._in_flight) == one.num_sent - one.num_covered
-            if self.config.uses_ledger:
-                assert ledger.load().num_waiting_tokens == one.num_waiting_tokens()
+            assert ledger.num_waiting_tokens == one.num_waiting_tokens()
 
     # --- what is asked often ---
 

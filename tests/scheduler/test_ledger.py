@@ -54,7 +54,7 @@ def test_freeness_is_negative_when_what_waits_needs_more_than_is_free():
 
 def test_one_that_drains_has_less_than_any_freeness():
     ledger = reported()
-    ledger.is_draining = True
+    ledger.drain()
     assert ledger.freeness() == ledger.freeness(dispatch=True) == float("-inf")
 
 
@@ -181,9 +181,24 @@ def test_those_of_a_higher_rank_number_take_no_room():
     assert ledger.has_room(-1)
 
 
+def test_a_load_that_was_asked_for_is_not_kept_beyond_the_next_change():
+    ledger = make_ledger()
+    changes = (
+        lambda: ledger.send(R[0], 0, 40),
+        lambda: ledger.report(make_view(num_free_blocks=9)),
+        lambda: ledger.began(R[0]),
+        lambda: ledger.ended(R[0]),
+        ledger.drain,
+    )
+    for change in changes:
+        before = ledger.load()
+        change()
+        assert ledger.load() != before
+
+
 def test_one_that_drains_has_room_for_nobody():
     ledger = make_ledger()
-    ledger.is_draining = True
+    ledger.drain()
     assert not ledger.has_room(0)
 
 
