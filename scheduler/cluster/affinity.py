@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from scheduler.cluster.ledger import InstanceLoad
 from scheduler.types import InstanceId, RequestSpec
@@ -26,7 +26,11 @@ class PrefixAffinity:
 
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
         self._max_keys = max_keys
-        self._places: OrderedDict[int, dict[InstanceId, None]] = OrderedDict()
+        # By incarnation, so that one that is gone need not be looked for everywhere.
+        self._places: OrderedDict[int, dict[int, None]] = OrderedDict()
+        self._incarnations: dict[InstanceId, int] = {}
+        self._ids: dict[int, InstanceId] = {}
+        self._num_incarnations = 0
 
     def keys(self, spec: RequestSpec) -> list[int]:
         """Return a key for each full chunk of the prompt, made of all tokens up to there."""
@@ -43,23 +47,28 @@ class PrefixAffinity:
     def found(self, keys: Sequence[int]) -> dict[InstanceId, int]:
         """Return how many tokens of the prompt each instance has probably computed."""
         found: dict[InstanceId, int] = {}
-        for depth, key in enumerate(keys):
-            places = self._places.get(key)
-            here = [
-                instance_id
-                for instance_id in places or ()
-                if found.get(instance_id, 0) == depth * CHUNK_TOKENS
-            ]
+        here: Iterable[int] = self._ids
+        for depth, key in enumerate(keys, start=1):
+            places = self._places.get(key, {})
+            here = [incarnation for incarnation in here if incarnation in places]
             if not here:
                 break
-            for instance_id in here:
-                found[instance_id] = (depth + 1) * CHUNK_TOKENS
+            for incarnation in here:
+                found[self._ids[incarnation]] = depth * CHUNK_TOKENS
         return found
 
     def sent(self, keys: Sequence[int], instance_id: InstanceId) -> None:
         """The prompt with these keys was sent there."""
+        incarnation = self._incarnations.get(instance_id)
+        if incarnation is None:
+            incarnation = self._incarnations[instance_id] = self._num_incarnations
+            self._ids[incarnation] = instance_id
+            self._num_incarnations += 1
         for key in keys:
-            self._places.setdefault(key, {})[instance_id] = None
+            places = self._places.setdefault(key, {})
+            places[incarnation] = None
+            if len(places) > len(self._ids):
+                self._places[key] = {place: None for place in places if place in self._ids}
         for key in reversed(keys):  # the beginning of a prompt is kept longest
             self._places.move_to_end(key)
         while len(self._places) > self._max_keys:
@@ -67,10 +76,9 @@ class PrefixAffinity:
 
     def forget(self, instance_id: InstanceId) -> None:
         """The instance is gone, and all that it had computed."""
-        for key in [key for key, places in self._places.items() if instance_id in places]:
-            del self._places[key][instance_id]
-            if not self._places[key]:
-                del self._places[key]
+        incarnation = self._incarnations.pop(instance_id, None)
+        if incarnation is not None:
+            del self._ids[incarnation]
 
 
 def preferred(

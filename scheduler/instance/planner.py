@@ -192,7 +192,8 @@ class Planner:
         self._queues.admit(request)
         if request.queue_s is None:
             request.queue_s = draft.now - request.arrival_s
-            request.num_cached_tokens = hit.num_tokens
+            num_prompt_tokens = len(request.spec.prompt_token_ids)
+            request.num_cached_tokens = min(hit.num_tokens, num_prompt_tokens)
         self._take_blocks(request, hit, draft)
         self._join(request, draft)
         num_tokens = min(request.num_to_compute, self._share(draft, index + 1))

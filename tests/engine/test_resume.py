@@ -1,4 +1,4 @@
-"""A request that goes on elsewhere, cut off at any token: from there on the tokens of running alone."""
+"""A request that goes on elsewhere, cut off at any token: what follows is as if it ran alone."""
 
 from __future__ import annotations
 

@@ -49,6 +49,7 @@ def _count(counts: Counter[str], outcome: Outcome) -> None:
     counts["failures"] += outcome.count(FinishReason.ERROR)
     counts["preemptions"] += outcome.num_preemptions
     counts["steps"] += outcome.num_steps
+    counts["resumed requests"] += outcome.num_resumed
     counts["rejections"] += outcome.num_rejections
     counts["block copies"] += outcome.num_copies
     counts["cached tokens"] += sum(outcome.cached.values())

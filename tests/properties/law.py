@@ -52,6 +52,7 @@ class Outcome:
     num_steps: int = 0
     num_copies: int = 0
     num_rejections: int = 0
+    num_resumed: int = 0
     log_hash: str = ""
 
     def count(self, reason: FinishReason) -> int:
@@ -68,6 +69,7 @@ class Schedule:
     settings: dict
     specs: list[RequestSpec]
     faults: dict[RequestId, tuple[str, int]]
+    given: dict[RequestId, list[int]]  # output tokens of those that were begun elsewhere
 
     @classmethod
     def draw(cls, seed: int) -> Schedule:
@@ -98,11 +100,24 @@ class Schedule:
                 for spec in specs
                 if rng.random() < poison
             },
+            given=given_tokens(seed, specs),
         )
 
     def fault(self, request_id: RequestId, positions: range) -> str | None:
         kind, position = self.faults.get(request_id, (None, -1))
         return kind if position in positions else None
+
+
+def given_tokens(seed: int, specs: list[RequestSpec]) -> dict[RequestId, list[int]]:
+    """In some schedules, cut some requests off at a random token, to go on here."""
+    rng = random.Random(f"given {seed}")
+    share = rng.choice([0.0, 0.0, 0.2, 0.7])
+    given = {}
+    for spec in specs:
+        if rng.random() < share:
+            expected, _ = tokens_alone(spec)
+            given[spec.request_id] = expected[: rng.randrange(len(expected))]
+    return given
 
 
 def random_specs(rng: random.Random, num_blocks: int) -> list[RequestSpec]:
@@ -220,11 +235,16 @@ class Player:
     def _disturb(self, now: float) -> None:
         rng = self.plan.rng
         while self.to_arrive and rng.random() < 0.5:
-            rejected = self.recording.add(self.to_arrive[0], now)
+            spec = self.to_arrive[0]
+            given = self.plan.given.get(spec.request_id, [])
+            rejected = self.recording.add(spec, now, given)
             if rejected is not None:
                 self._check_full(rejected)
                 break  # its client tries again
             self.to_arrive.pop(0)
+            self.outcome.num_resumed += bool(given)
+            if given:
+                self.outcome.tokens[spec.request_id] = list(given)
         if rng.random() < 0.01:
             victim = rng.choice(self.plan.specs).request_id
             shown = rng.choice([None, len(self.outcome.tokens.get(victim, []))])
@@ -293,7 +313,8 @@ def _check_cached(player: Player) -> None:
         ]
         # A request that was preempted before its first token may find what it computed itself.
         num_shared = max((_common(spec.prompt_token_ids, other) for other in others), default=0)
-        assert num_cached <= max(0, min(num_shared, len(spec.prompt_token_ids) - 1))
+        is_resumed = bool(player.plan.given.get(request_id))  # else its last token is computed
+        assert num_cached <= max(0, min(num_shared, len(spec.prompt_token_ids) - 1 + is_resumed))
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:

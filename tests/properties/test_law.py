@@ -35,6 +35,7 @@ def test_tokens_equal_the_solo_run_in_random_schedules(capsys):
     assert sum(sum(outcome.cached.values()) > 0 for outcome in outcomes) > num / 4
     assert sum(outcome.num_copies for outcome in outcomes) > num / 10
     assert sum(outcome.num_rejections > 0 for outcome in outcomes) > num / 20
+    assert sum(outcome.num_resumed > 0 for outcome in outcomes) > num / 5
     assert all(faults[kind, depth] > num / 50 for kind in FAULTS for depth in (1, 2)), faults
 
 

@@ -96,16 +96,18 @@ def test_the_oldest_is_forgotten_first_and_of_a_prompt_its_end():
     assert affinity.found(keys_of(affinity, new)) == {B: 2 * CHUNK_TOKENS}
 
 
-def test_its_memory_is_bounded_by_keys_and_by_instances_that_are_up():
+def test_its_memory_is_bounded_by_keys_and_for_each_by_instances_that_are_up():
     affinity, rng = PrefixAffinity(max_keys=50), random.Random(0)
+    affinity.sent(keys_of(affinity, SYSTEM), A)
     for turn in range(2000):
         prompt = [rng.randrange(2)] * (CHUNK_TOKENS * rng.randint(0, 9)) + [turn] * CHUNK_TOKENS
         instance_id = InstanceId(f"i{turn // 10}")
         affinity.sent(keys_of(affinity, prompt), instance_id)
+        assert len(affinity._places) <= 50
+        assert all(len(places) <= 2 for places in affinity._places.values())
         if turn % 10 == 9:
             affinity.forget(instance_id)
-    assert len(affinity._places) <= 50
-    assert sum(map(len, affinity._places.values())) == 0
+    assert list(affinity._ids.values()) == list(affinity._incarnations) == [A]
 
 
 # --- whom it prefers ---
