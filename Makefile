@@ -24,8 +24,10 @@ fmt: $(VENV)/dev.stamp ## format and mend what a machine can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/dev.stamp ## micro-benchmarks: planning time, fragmentation, startup by phase, steps of the real model
+bench: $(VENV)/dev.stamp ## micro-benchmarks: planning and dispatch time, fragmentation, startup by phase, steps of the real model
 	$(BIN)/python -m tests.bench.planning
+	$(BIN)/python -m tests.bench.dispatch
+	$(BIN)/python -m tests.bench.burst
 	$(BIN)/python -m tests.bench.fragmentation
 	$(BIN)/python -m tests.bench.startup
 	$(BIN)/python -m tests.bench.step_cost

@@ -27,6 +27,7 @@ QUICK_TESTS = (
     "tests/engine/test_core.py",
     "tests/engine/test_decision_log.py",
     "tests/engine/test_isolation.py",
+    "tests/engine/test_resume.py",
 )
 NUM_SCHEDULES = "150"
 TEST_LIMIT_S, RUN_LIMIT_S = 60, 240
