@@ -7,12 +7,10 @@ where none is given, is decided in `serving.instances`.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
-import yaml
 from msgspec import Meta
 
 from serving.errors import UserError
@@ -77,7 +75,13 @@ _FIELD = re.compile(r"at `\$\.(?:instances\[\d+\]\.)?(\w+)")
 
 def read_cluster_file(path: Path) -> ClusterFile:
     """Return what the file says. Raises UserError with the place of what is wrong."""
-    value = _parsed(path, _text(path))
+    # Most servers have no such file, and need no YAML.
+    from serving.strict_yaml import YamlError, parsed
+
+    try:
+        value = parsed(_text(path))
+    except YamlError as error:
+        raise UserError(f"{path}{error.place}: {_one_line(error)}", _EXAMPLE) from error
     if value is None:
         raise UserError(f"{path} is empty", _EXAMPLE)
     try:
@@ -105,38 +109,6 @@ def _text(path: Path) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text", _EXAMPLE) from None
-
-
-def _parsed(path: Path, text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 (it is a SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        raise UserError(f"{path}{line}: {_said(error)}", _EXAMPLE) from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path} is not YAML: {_one_line(error)}", _EXAMPLE) from error
-
-
-def _said(error: yaml.MarkedYAMLError) -> str:
-    return _one_line(", ".join(filter(None, (error.context, error.problem))))
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice: plain YAML loaders take the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    words = f"{key.value!r} stands here a second time"
-                    raise yaml.constructor.ConstructorError(
-                        problem=words, problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        return mapping
 
 
 def _remedy(message: str) -> str:

@@ -96,9 +96,7 @@ def _instances(
         return []
     kinds = Counter((ready.dtype, ready.device) for ready in readies.values())
     words = ", ".join(f"{count} {dtype} on {device}" for (dtype, device), count in kinds.items())
-    where = (
-        "a session of its own" if session["is_local"] else f"the cluster at {session['address']}"
-    )
+    where = "its own session" if session["is_local"] else f"the cluster at {session['address']}"
     return [
         ("Instances", f"{words}, dispatched by {config.dispatch}"),
         ("Ray", f"{session['version']}, {where}    Logs: {session['logs']}"),

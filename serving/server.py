@@ -48,7 +48,7 @@ async def serve(
     progress: Progress,
     on_ready: Callable[[Service, Mapping[InstanceId, Ready]], None],
 ) -> bool:
-    """Serve until a signal, by the instances of `backend`. True if all that was accepted ended well.
+    """Serve until a signal. True if all that was accepted ended well.
 
     Raises UserError when the model cannot be served.
     """

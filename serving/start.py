@@ -47,11 +47,10 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     for_operators = admin_rules(flags, os.environ, rules)
     cluster, model = read_cluster(flags, model)
     shown = LoggedProgress() if flags.log_json else TerminalProgress()
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, shown as progress:
         # What instances run in has the longer way to go: it sets out first, and imports what it
         # needs while this process looks for the model and imports what serves HTTP.
         origin = _begun(flags) if flags.uses_ray else stack.enter_context(Child())
-        progress = stack.enter_context(shown)
         times = StartupTimes(progress)
         api, admin = Port(bind(flags.host, flags.port), rules), None
         if flags.admin_port is not None:

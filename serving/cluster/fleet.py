@@ -7,6 +7,7 @@ requests, and knows no HTTP. The smallest free number is taken first, the highes
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 from engine.messages import Ready
 from engine.startup import Progress
 from scheduler.types import InstanceId
+from serving import logs
 from serving.cluster.change import Change
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.members import Members, check_serves, common_ready, instance_id
 from serving.errors import Conflict, InvalidRequest, NotFound, UserError
 from serving.progress import NoProgress
+
+log = logging.getLogger(__name__)
 
 _Work = Callable[[Change], Coroutine[Any, Any, None]]
 
@@ -192,7 +196,9 @@ class Fleet:
         await self._members.drain(number, change.say)
 
     async def _restart(self, change: Change) -> None:
-        for number in self._members.numbers():
+        states = self._members.states()
+        # Those that do not serve come first: the others wait until they do.
+        for number in sorted(self._members.numbers(), key=lambda n: (states[n] == "up", n)):
             if self._driver.draining:
                 raise UserError("the server drains", "it ends when its requests have")
             try:
@@ -285,12 +291,14 @@ async def _perform(change: Change, work: _Work) -> None:
     try:
         await work(change)
     except Exception as error:  # noqa: BLE001 (it ends the change, and nothing else)
-        change.fail(_as_user_error(error, "it failed"))
+        change.fail(_as_user_error(error))
     finally:
         change.is_done = True
 
 
-def _as_user_error(error: BaseException, what: str) -> UserError:
+def _as_user_error(error: BaseException, what: str = "") -> UserError:
+    before = f"{what}: " if what else ""
     if isinstance(error, UserError):
-        return UserError(f"{what}: {error.cause}", error.remedy)
-    return UserError(f"{what}: {type(error).__name__}", "see the log of the server")
+        return UserError(before + error.cause, error.remedy)
+    logs.failure(log, "a change of the fleet failed", error)
+    return UserError(f"{before}{type(error).__name__}", "see the log of the server")

@@ -1,4 +1,4 @@
-"""A server's status as a person likes to read it: a head, a table of instances, what is going on."""
+"""The status of a server as people read it: a head, a table of instances, what is going on."""
 
 from __future__ import annotations
 

@@ -5,9 +5,10 @@ The work is the server's, and goes on when nobody watches.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from serving.errors import UserError
@@ -52,13 +53,17 @@ class Operator:
         if instance is None:
             self._drain_all()
             return
-        status, answer = self._client.post("/admin/drain", {"instance": instance})
+        _, answer = self._client.post("/admin/drain", {"instance": instance})
         if "change" in answer:
             self._follow(answer["change"])
         else:
             self._say(f"{instance} is drained")
 
     def _drain_all(self) -> None:
+        with _goes_on(self._say):
+            self._watch_drain()
+
+    def _watch_drain(self) -> None:
         shown = None
         while True:
             _, answer = self._client.post("/admin/drain")
@@ -78,6 +83,10 @@ class Operator:
         if not self._waits:
             self._say(f"{change['title']} has begun; `hocket status` shows how far it is")
             return
+        with _goes_on(self._say):
+            self._watch(change)
+
+    def _watch(self, change: dict[str, Any]) -> None:
         number, num_shown = change["number"], 0
         while True:
             for line in change["lines"][num_shown:]:
@@ -95,3 +104,13 @@ class Operator:
         if change["error"] is not None:
             raise UserError(change["error"]["cause"], change["error"]["remedy"])
         self._say(f"{change['title']}: done")
+
+
+@contextlib.contextmanager
+def _goes_on(say: Say) -> Iterator[None]:
+    """Tell who ends the watching that the work does not end with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("it goes on; `hocket status` shows how far it is")
+        raise
