@@ -39,7 +39,7 @@ def ready_block(
     `seconds` holds the phases of the start and its `total`, `session` the facts of what several
     instances run in.
     """
-    engine, ready = config.engine, common_ready(readies.values())
+    engine, limits, ready = config.engine, config.admission, common_ready(readies.values())
     url = f"http://{config.host}:{config.port}"
     num_tokens = sum(each.geometry.num_tokens for each in readies.values())
     num_bytes = sum(kv.num_blocks * kv.block_bytes for kv in _geometries(readies))
@@ -63,8 +63,8 @@ def ready_block(
         ),
         (
             "Limits",
-            f"{ready.max_model_len:,} tokens a request, {config.admission.max_num_running} running, "
-            f"{engine.max_num_waiting} waiting, {engine.max_num_batched_tokens} tokens a step, "
+            f"{ready.max_model_len:,} tokens a request, {limits.max_num_running} running, "
+            f"{limits.max_num_waiting} waiting, {engine.max_num_batched_tokens} tokens a step, "
             f"body {config.max_body_bytes // 1024:,} KiB",
         ),
         ("Mode", _mode(engine)),

@@ -201,10 +201,8 @@ class Fleet:
         for number in sorted(self._members.numbers(), key=lambda n: (states[n] == "up", n)):
             if self._driver.draining:
                 raise UserError("the server drains", "it ends when its requests have")
-            try:
+            if self._members.states()[number] == "up":
                 self._check_others_up(number)
-            except Conflict as error:
-                raise UserError(error.message, error.remedy) from error
             await self._members.renew(number, change.say)
 
     async def _scale(self, change: Change) -> None:
@@ -300,5 +298,7 @@ def _as_user_error(error: BaseException, what: str = "") -> UserError:
     before = f"{what}: " if what else ""
     if isinstance(error, UserError):
         return UserError(before + error.cause, error.remedy)
+    if isinstance(error, Conflict):
+        return UserError(before + error.message, error.remedy)
     logs.failure(log, "a change of the fleet failed", error)
     return UserError(f"{before}{type(error).__name__}", "see the log of the server")

@@ -1,4 +1,4 @@
-"""A fleet whose driver and instances do what a test tells them: no process, no clock but a count."""
+"""A fleet whose driver and instances do what a test tells them: no process, no waiting."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class ScriptedDriver:
         self.handles = {}
         self.up = {}  # by id: up or draining
         self.loads = {}  # requests of each
+        self.dies_at_once = set()  # when they come up next
         self.holds_drains = False
         self.may_drain = asyncio.Event()
 
@@ -60,6 +61,9 @@ class ScriptedDriver:
         ready = await handle.start(None)
         self.log.append(f"up {handle.instance_id}")
         self.up[handle.instance_id] = "up"
+        if handle.instance_id in self.dies_at_once:
+            self.dies_at_once.remove(handle.instance_id)
+            self.lose(handle.instance_id)
         return ready
 
     def lose(self, name):

@@ -1,4 +1,4 @@
-"""How many instances there are: starts, scaling, rolling restarts, drains, and what fails in them."""
+"""The instances of a server: starts, scaling, rolling restarts, drains, and what fails in them."""
 
 from __future__ import annotations
 
@@ -249,14 +249,21 @@ async def test_one_that_does_not_come_back_ends_the_restart(it):
 
 
 @fleet_test(2)
-async def test_nothing_is_restarted_while_no_other_is_up(it):
-    it.holds = {1}
-    it.driver.lose("instance-1")
-    await it.until(lambda: it.states()["instance-1"] == "starting")
+async def test_none_is_taken_out_while_no_other_is_up(it):
+    it.driver.dies_at_once.add("instance-0")
     it.fleet.restart()
     done = await it.until_done()
-    assert "no other instance than instance-0 is up" in done["error"]["cause"]
+    assert "no other instance than instance-1 is up" in done["error"]["cause"]
+    assert it.states()["instance-1"] == "up"
+
+
+@fleet_test(2, faults={(1, 2): no_memory()})
+async def test_one_that_is_down_goes_first(it):
+    it.driver.lose("instance-1")
+    it.fleet.restart()
+    assert (await it.until_done())["error"]
     assert it.states()["instance-0"] == "up"
+    assert it.instances[0].incarnation == 1
 
 
 # --- a drain of one ---
