@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from engine import machine
 from engine.batch import PersistentBatch
 from engine.config import BLOCK_SIZE, EngineConfig
@@ -69,6 +71,12 @@ def build_engine(
             "lower --kv-memory, --max-num-running or --max-model-len",
         ) from error
     scheduler = _scheduler(config, ready)
+    ready = msgspec.structs.replace(
+        ready,
+        max_num_running=config.max_num_running,
+        # A step in flight, and one to be planned, never lack work.
+        max_num_waiting_tokens=(config.depth + 1) * config.max_num_batched_tokens,
+    )
     return EngineCore(scheduler, executor, emit, depth=config.depth), ready
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -49,7 +49,9 @@ MAX_SCORED_POSITIONS = 4096
 class StepScheduler(Protocol):
     """What the loop asks of a scheduler: `InstanceScheduler`, or one that writes it down."""
 
-    def add(self, spec: RequestSpec, now: float) -> RejectedEvent | None: ...
+    def add(
+        self, spec: RequestSpec, now: float, output_token_ids: Sequence[int] = ()
+    ) -> RejectedEvent | None: ...
     def abort(
         self, request_id: RequestId, num_output_tokens: int | None = None
     ) -> FinishedEvent | None: ...
@@ -139,8 +141,8 @@ class EngineCore:
     def _obey(self, command: Command, events: list[RequestEvent]) -> None:
         event: RequestEvent | None = None
         match command:
-            case Submit(spec):
-                event = self._scheduler.add(spec, self._clock())
+            case Submit(spec, output_token_ids):
+                event = self._scheduler.add(spec, self._clock(), output_token_ids)
             case Abort(request_id, num_output_tokens):
                 event = self._scheduler.abort(request_id, num_output_tokens)
             case Inspect(number):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -47,6 +47,7 @@ class Added(_Line, frozen=True):
     now: float
     spec: RequestSpec
     answer: msgspec.Raw
+    output_token_ids: tuple[int, ...] = ()  # of one that was begun elsewhere
 
 
 class Aborted(_Line, frozen=True):
@@ -90,9 +91,12 @@ class RecordingScheduler:
         self._file: BinaryIO | None = file
         file.write(_encoder.encode(Begun(config, geometry)) + b"\n")
 
-    def add(self, spec: RequestSpec, now: float) -> RejectedEvent | None:
+    def add(
+        self, spec: RequestSpec, now: float, output_token_ids: Sequence[int] = ()
+    ) -> RejectedEvent | None:
         return self._record(
-            lambda: self._inner.add(spec, now), lambda answer: Added(now, spec, answer)
+            lambda: self._inner.add(spec, now, output_token_ids),
+            lambda answer: Added(now, spec, answer, tuple(output_token_ids)),
         )
 
     def abort(
@@ -189,8 +193,8 @@ def replay(path: Path) -> Iterator[Difference | None]:
 
 def _ask(scheduler: InstanceScheduler, entry: Added | Aborted | Planned | Completed) -> object:
     match entry:
-        case Added(now, spec):
-            return scheduler.add(spec, now)
+        case Added(now, spec, _, output_token_ids):
+            return scheduler.add(spec, now, output_token_ids)
         case Aborted(request_id, num_output_tokens):
             return scheduler.abort(request_id, num_output_tokens)
         case Planned(now):

@@ -28,9 +28,10 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Submit(_Message, frozen=True):
-    """Run this request."""
+    """Run this request; one that was begun elsewhere goes on behind the output tokens given."""
 
     spec: RequestSpec
+    output_token_ids: tuple[int, ...] = ()
 
 
 class Abort(_Message, frozen=True):
@@ -83,6 +84,8 @@ class Ready(_Message, frozen=True):
     max_model_len: int
     geometry: KVGeometry
     startup_s: dict[str, float] = {}  # by phase
+    max_num_running: int = 64
+    max_num_waiting_tokens: int = 1024  # that keep it busy beside what runs
 
 
 class Inspected(_Message, frozen=True):

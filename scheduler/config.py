@@ -38,3 +38,16 @@ class InstanceConfig:
                 f"max_num_running ({self.max_num_running}): each running request computes a token "
                 "in every step"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """How requests are spread over instances, and what becomes of those that lose theirs."""
+
+    dispatch: str = "freeness"
+    prefix_affinity: bool = True
+    max_num_waiting: int = 512  # beside those that may run; beyond it a request is refused
+    continuation_timeout_s: float = 30.0  # that a request waits while no instance is up
+    max_num_losses: int = 32  # instances that may die under one request
+    seed: int = 0  # of what policies draw
+    uses_ledger: bool = True  # off only to show what it gives

@@ -43,6 +43,8 @@ class InstanceView:
     num_preemptions: int
     num_failures: int = 0
     num_deferred: int = 0  # of those waiting, for a prefix that another request computes
+    num_given: int = 0  # requests that the instance was ever given, those it refused included
+    num_head_blocks: int = 0  # that the first of those waiting demands
     last_step: StepSize = _NO_STEP  # of those completed
     kv: KVCounters = KVCounters()
 

@@ -31,6 +31,7 @@ class RejectReason(StrEnum):
     QUEUE_FULL = "queue_full"  # the waiting queue is at its bound
     DUPLICATE_ID = "duplicate_id"  # a live request has this id
     NO_INSTANCE = "no_instance"  # no instance is up, or the server drains
+    QUARANTINED = "quarantined"  # instances died of the same request a moment ago
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

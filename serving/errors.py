@@ -222,6 +222,21 @@ class InstanceLost(RequestError):
     default_code = "instance_failed"
 
 
+class Quarantined(RequestError):
+    """Instances died of this very request: it is not run again for a while."""
+
+    status = 500
+    default_code = "request_quarantined"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "instances of the model failed on this very request; it is not run again for now"
+        )
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}
+
+
 class DeadlineExceeded(RequestError):
     status = 504
     default_code = "request_timeout"

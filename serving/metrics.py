@@ -24,6 +24,7 @@ from serving.telemetry.table import REJECTED, TABLE, Endpoint
 
 _MAX_UNKNOWN_FIELDS = 50
 _OTHER = "other"
+ROUTER = "router"  # where requests wait that no instance has
 _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _SERVED = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 # Counters of a view, by the metric they feed.
@@ -63,6 +64,9 @@ class Metrics:
         self._views: dict[InstanceId, InstanceView] = {}
         self._unknown_fields: set[str] = set()
         self._num_iteration_tokens = 0  # since the last report
+        # Written for every event.
+        self._queued = store.number("requests_waiting", ROUTER)
+        self._queued_for_capacity = store.number("requests_waiting_by_reason", ROUTER, "capacity")
         # Written for every token.
         self._generation_tokens = store.number("generation_tokens")
         self._itl = store.histogram("inter_token_latency_seconds")
@@ -148,6 +152,17 @@ class Metrics:
         if self._num_iteration_tokens:
             store.histogram("iteration_tokens", instance_id).observe(self._num_iteration_tokens)
             self._num_iteration_tokens = 0
+
+    def queued(self, num_requests: int) -> None:
+        """So many requests wait that no instance has."""
+        self._queued.set(num_requests)
+        self._queued_for_capacity.set(num_requests)
+
+    def dispatched(self, instance_id: InstanceId, *, is_replay: bool) -> None:
+        """A request was handed to an instance; a replay, after it had been handed to another."""
+        self._store.number("dispatches", instance_id).add()
+        if is_replay:
+            self._store.number("request_replays").add()
 
     # --- requests ---
 

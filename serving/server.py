@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from engine.messages import Ready
 from engine.startup import Progress
 from scheduler.cluster.scheduler import ClusterScheduler
+from scheduler.config import ClusterConfig
+from scheduler.instance.batching import rank_policy
 from scheduler.types import InstanceId
 from serving.admission import Admission
 from serving.api.admin import create_admin_app
@@ -56,10 +58,12 @@ async def serve(
     metrics = Metrics(config.engine.model_name)
     admission = Admission(config.admission)
     driver = ClusterDriver(
-        ClusterScheduler(),
+        ClusterScheduler(
+            ClusterConfig(max_num_waiting=config.engine.max_num_waiting),
+            rank=rank_policy(config.engine.policy),
+        ),
         codec,
         metrics,
-        max_requests_per_instance=config.max_requests,
         retry_after_s=lambda request_id: admission.retry_after_s(request_id, time.monotonic()),
     )
     template = chat_template(codec)

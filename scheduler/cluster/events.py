@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from scheduler.load import InstanceView
 from scheduler.types import InstanceId, RejectReason, RequestId, RequestSpec
@@ -16,10 +17,19 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The first token since the request was dispatched came, so its known tokens are computed."""
+
+    request_id: RequestId
+    instance_id: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """An instance reported the end of a request, of whatever kind."""
 
     request_id: RequestId
+    instance_id: InstanceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +44,48 @@ class Cancelled:
     num_output_tokens: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceCapacity:
+    """What an instance takes: facts and limits, known when it is up."""
+
+    max_num_running: int
+    max_num_waiting_tokens: int  # that it shall have to compute beside what runs
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a request of so many tokens, prompt and answer, can ever run there."""
+        # The last token is sampled and never computed, so it needs no slot.
+        return num_tokens <= min(self.max_model_len, self.num_blocks * self.block_size + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceUp:
-    """An instance can serve `max_requests` requests at a time, running and queued."""
+    """An instance takes requests from now on; nothing is assigned to it."""
 
     instance_id: InstanceId
-    max_requests: int
+    capacity: InstanceCapacity
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceDown:
-    """An instance died or was taken out; what it ran is lost there."""
+    """An instance died, or was taken out; what it ran is lost there."""
+
+    instance_id: InstanceId
+    was_ours: bool = False  # its end was asked for: nobody who was there is to blame
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceDraining:
+    """An instance gets no new requests from now on."""
+
+    instance_id: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class MoveAway:
+    """What an instance still runs shall go on elsewhere."""
 
     instance_id: InstanceId
 
@@ -58,16 +99,41 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True)
+class Elapsed:
+    """Time has passed; comes now and then while requests are queued."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrainStarted:
     """No new requests from now on; those accepted run to their end."""
 
 
-ClusterEvent = Arrived | Ended | Cancelled | InstanceUp | InstanceDown | Reported | DrainStarted
+ClusterEvent = (
+    Arrived
+    | FirstToken
+    | Ended
+    | Cancelled
+    | InstanceUp
+    | InstanceDown
+    | InstanceDraining
+    | MoveAway
+    | Reported
+    | Elapsed
+    | DrainStarted
+)
+
+
+class FailReason(StrEnum):
+    """Why a request that had been accepted cannot go on."""
+
+    NO_INSTANCE = "no_instance"  # the one that ran it was lost, and for too long no other came
+    QUARANTINED = "quarantined"  # instances died of it
+    TOO_MANY_LOSSES = "too_many_losses"  # it was lost with one instance after another
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Hand the request to the instance."""
+    """Hand the request to the instance, with the tokens that its client has been given so far."""
 
     spec: RequestSpec
     instance_id: InstanceId
@@ -90,9 +156,10 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """End the request with an error: it was lost and cannot be run elsewhere."""
+    """End the request with an error."""
 
     request_id: RequestId
+    reason: FailReason
 
 
 ClusterAction = Dispatch | Reject | Abort | Fail

@@ -16,6 +16,7 @@ dropped: it is neither shown nor counted.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from scheduler.config import InstanceConfig
@@ -57,18 +58,28 @@ class InstanceScheduler:
         self._rank = rank_policy(config.policy)
         self._last_plans: deque[StepPlan] = deque(maxlen=_NUM_REMEMBERED_PLANS)
         self._num_arrivals = 0
+        self._num_given = 0
         self._num_steps = 0
         self._last_step = StepSize()
         self._num_failures = 0
 
     # --- requests come and go ---
 
-    def add(self, spec: RequestSpec, now: float) -> RejectedEvent | None:
-        """Queue a request, or say at once why it cannot be served."""
-        reason = self._refusal(spec)
+    def add(
+        self, spec: RequestSpec, now: float, output_token_ids: Sequence[int] = ()
+    ) -> RejectedEvent | None:
+        """Queue a request, or say at once why it cannot be served.
+
+        One that ran elsewhere before brings the output tokens that it has, and goes on behind them
+        as if it had been preempted: with the same counts, penalties and draws.
+        """
+        self._num_given += 1
+        reason = self._refusal(spec, len(output_token_ids))
         if reason is not None:
             return RejectedEvent(spec.request_id, reason)
         request = Request(spec, self._num_arrivals, now)
+        for token_id in output_token_ids:
+            request.append(token_id)
         request.rank = self._rank(spec)
         request.born_step_id = self._planner.next_step_id
         request.ignore_through_step = self._planner.next_step_id - 1
@@ -146,6 +157,8 @@ class InstanceScheduler:
             num_preemptions=self._queues.num_preemptions,
             num_failures=self._num_failures,
             num_deferred=self._prefixes.num_deferred(self._queues.waiting),
+            num_given=self._num_given,
+            num_head_blocks=self._num_head_blocks(),
             last_step=self._last_step,
             kv=self._kv.counters(),
         )
@@ -172,7 +185,11 @@ class InstanceScheduler:
 
     # --- how ---
 
-    def _refusal(self, spec: RequestSpec) -> RejectReason | None:
+    def _num_head_blocks(self) -> int:
+        waiting = self._queues.waiting
+        return self._kv.blocks_for(waiting[0].num_tokens) if waiting else 0
+
+    def _refusal(self, spec: RequestSpec, num_output_tokens: int) -> RejectReason | None:
         if spec.request_id in self._queues.requests:
             return RejectReason.DUPLICATE_ID
         num_tokens = len(spec.prompt_token_ids) + spec.params.max_tokens
@@ -180,7 +197,7 @@ class InstanceScheduler:
         num_blocks = self._kv.blocks_for(num_tokens - 1)
         if (
             not spec.prompt_token_ids
-            or spec.params.max_tokens < 1
+            or spec.params.max_tokens <= num_output_tokens
             or num_tokens > self.config.max_model_len
             or num_blocks > self._kv.geometry.num_blocks
         ):

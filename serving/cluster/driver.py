@@ -21,43 +21,34 @@ from scheduler.cluster.events import (
     ClusterEvent,
     Dispatch,
     DrainStarted,
-    Ended,
+    Elapsed,
     Fail,
     InstanceDown,
+    InstanceDraining,
     InstanceUp,
+    MoveAway,
     Reject,
-    Reported,
 )
 from scheduler.cluster.scheduler import ClusterScheduler
-from scheduler.types import (
-    FinishedEvent,
-    FinishReason,
-    InstanceId,
-    PromptLogprobs,
-    RejectReason,
-    RequestId,
-    RequestSpec,
-    StartedEvent,
-    TokenEvent,
-)
+from scheduler.types import FinishReason, InstanceId, RejectReason, RequestId, RequestSpec
 from serving import logs
 from serving.admission import jittered
+from serving.cluster.ends import StreamEnds
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.inspection import Inspections
-from serving.cluster.rejection import Waits, error_of
+from serving.cluster.instances import Drained, Incarnation, InstanceStatus, capacity_of
+from serving.cluster.rejection import Waits, error_of, failure_of
+from serving.cluster.reports import StepReports
 from serving.cluster.streams import Observer, Origin, RequestStream, StreamGroup, StreamTable
-from serving.errors import (
-    GenerationFailed,
-    InstanceLost,
-    RequestError,
-    Unavailable,
-)
+from serving.errors import RequestError, Unavailable
 from serving.metrics import Metrics
 from serving.telemetry.table import Endpoint
 from serving.text.detokenizer import PLAIN_TEXT, Shown
 from serving.text.tokenizer import TextCodec
 
 log = logging.getLogger(__name__)
+
+_TICK_S = 0.25  # how often the scheduler is told the time while requests are queued
 
 
 class ClusterDriver:
@@ -69,25 +60,30 @@ class ClusterDriver:
         codec: TextCodec,
         metrics: Metrics,
         *,
-        max_requests_per_instance: int,
         retry_after_s: Callable[[RequestId], float] = lambda _: 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
         self._codec = codec
         self._metrics = metrics
-        self._max_requests = max_requests_per_instance
         self._retry_after_s = retry_after_s
         self._clock = clock
-        self._handles: dict[InstanceId, InstanceHandle] = {}  # the last incarnation of each
-        self._lost: dict[InstanceId, asyncio.Future[str]] = {}  # done, with the cause, when it is
+        self._instances: dict[InstanceId, Incarnation] = {}  # the last of each
         self._streams = StreamTable()
+        self._ends = StreamEnds(self._streams, metrics, clock, self._handle)
+        self._reports = StepReports(
+            self._streams,
+            self._ends,
+            metrics,
+            clock=clock,
+            owner=scheduler.owner,
+            tell=self._handle,
+            reject=self._reject,
+        )
         self._inspections = Inspections()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._tick: asyncio.TimerHandle | None = None
         self._up_at_s = 0.0  # when an instance should be up again, while none is
         self.draining = False
-        self._has_cut_off = False  # a request that had been accepted, since the drain began
 
     @property
     def ready(self) -> bool:
@@ -99,18 +95,29 @@ class ClusterDriver:
         """Whether an instance is up: also when it drains or is full, which is no illness."""
         return self._scheduler.num_instances > 0
 
+    @property
+    def num_streams(self) -> int:
+        """Requests that have not ended, each choice counted."""
+        return len(self._streams)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that no instance has."""
+        return self._scheduler.num_queued
+
+    # --- instances come and go ---
+
     async def start(self, handle: InstanceHandle) -> Ready:
         """Bring an instance up and give it work from now on. Raises UserError if it cannot start.
 
         If it is a new incarnation, what the old one may still say is dropped.
         """
         instance_id = handle.instance_id
-        lost = self._lost[instance_id] = asyncio.get_running_loop().create_future()
-        self._handles[instance_id] = handle
-        ready = await handle.start(partial(self._on_report, handle))
-        if not lost.done():  # else it was lost at once, and that is told to who waits for it
+        incarnation = self._instances[instance_id] = Incarnation(handle)
+        ready = incarnation.ready = await handle.start(partial(self._on_report, incarnation))
+        if not incarnation.lost.done():  # else it was lost at once, and that is told who waits
             self._metrics.instance_ready(instance_id, ready)
-            self._handle(InstanceUp(instance_id, self._max_requests))
+            self._handle(InstanceUp(instance_id, capacity_of(ready)))
         return ready
 
     def expect_up(self, at_s: float) -> None:
@@ -122,14 +129,62 @@ class ClusterDriver:
         """Return how long those should wait who find no instance; at least a second."""
         return max(1.0, self._up_at_s - self._clock())
 
-    @property
-    def num_streams(self) -> int:
-        """Requests that have not ended, each choice counted."""
-        return len(self._streams)
-
     async def until_lost(self, handle: InstanceHandle) -> str:
         """Wait for the end of the instance; return the cause."""
-        return await asyncio.shield(self._lost[handle.instance_id])
+        return await asyncio.shield(self._instances[handle.instance_id].lost)
+
+    async def drain_instance(self, instance_id: InstanceId, timeout_s: float) -> Drained:
+        """Give an instance no new work, and wait until it has none.
+
+        What is left after `timeout_s` goes on elsewhere, if another instance takes requests; if
+        none does, it is waited for. The instance stays up.
+        """
+        incarnation = self._instances[instance_id]
+        incarnation.is_draining = True
+        began_s, num_moved = self._clock(), 0
+        self._handle(InstanceDraining(instance_id))
+        while not incarnation.is_empty.is_set():
+            try:
+                await asyncio.wait_for(incarnation.is_empty.wait(), timeout_s)
+            except TimeoutError:
+                if self._scheduler.is_open:
+                    num_moved += self._scheduler.num_assigned(instance_id)
+                    self._handle(MoveAway(instance_id))
+        return Drained(self._clock() - began_s, num_moved)
+
+    async def remove_instance(self, instance_id: InstanceId) -> None:
+        """End an instance, if it is there, and forget it; what it still runs goes on elsewhere."""
+        incarnation = self._instances.pop(instance_id, None)
+        if incarnation is not None:
+            self._lose(instance_id, was_ours=True)
+            incarnation.is_empty.set()
+            await incarnation.handle.stop()
+
+    def instances(self) -> list[InstanceStatus]:
+        """Return every instance as it stands, by id."""
+        ledgers = self._scheduler.ledgers()
+        shown = []
+        for instance_id, incarnation in self._instances.items():
+            ready, ledger = incarnation.ready, ledgers.get(instance_id)
+            status = InstanceStatus(instance_id=instance_id, state="down")
+            if ready is not None and ledger is not None:
+                view = ledger.view
+                status = InstanceStatus(
+                    instance_id=instance_id,
+                    state="draining" if ledger.is_draining else "up",
+                    model=ready.model_name,
+                    dtype=ready.dtype,
+                    device=ready.device,
+                    num_assigned=len(ledger.assigned),
+                    num_running=view.num_running if view else 0,
+                    num_waiting=view.num_waiting if view else 0,
+                    kv_usage=view.kv_usage if view else 0.0,
+                    freeness=ledger.freeness(),
+                )
+            shown.append(status)
+        return shown
+
+    # --- requests ---
 
     def submit(
         self,
@@ -158,8 +213,7 @@ class ClusterDriver:
                 observer,
                 origin=origin,
             )
-            self._streams.add(stream)
-            self._idle.clear()
+            self._ends.open(stream)
             group.streams.append(stream)
             self._handle(Arrived(spec))
             if stream.error is not None:
@@ -172,20 +226,21 @@ class ClusterDriver:
         """The client is gone, or wants no more: end what still runs of the group."""
         for stream in group.streams:
             if not stream.ended:
-                self._end(stream, FinishReason.ABORT)
+                self._ends.finish(stream, FinishReason.ABORT)
                 self._handle(Cancelled(stream.spec.request_id))
 
     def fail(self, group: StreamGroup, error: RequestError, outcome: str) -> None:
         """End what still runs of the group, and tell its client why."""
         for stream in group.streams:
             if not stream.ended:
-                self._fail(stream.spec.request_id, error, outcome)
+                self._ends.fail(stream.spec.request_id, error, outcome)
                 self._handle(Cancelled(stream.spec.request_id))
 
     def begin_drain(self) -> int:
         """Refuse new requests from now on; return how many are still to end."""
         if not self.draining:
             self.draining = True
+            self._ends.num_errors = 0
             self._handle(DrainStarted())
         return len(self._streams)
 
@@ -193,7 +248,7 @@ class ClusterDriver:
         """Refuse new requests and let those accepted end. False if some were cut off or failed."""
         self.begin_drain()
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            await asyncio.wait_for(self._ends.idle.wait(), timeout_s)
         except TimeoutError:
             for request_id in self._streams.open_ids():
                 cut_off = Unavailable(
@@ -201,9 +256,9 @@ class ClusterDriver:
                     code="draining",
                     retry_after_s=self._retry_after_s(request_id),
                 )
-                self._fail(request_id, cut_off)
+                self._ends.fail(request_id, cut_off)
                 self._handle(Cancelled(request_id))
-        return not self._has_cut_off
+        return not self._ends.num_errors
 
     async def inspect(self, timeout_s: float) -> dict[str, Any]:
         """Return what instances, streams and the cluster scheduler hold, for people to read.
@@ -212,53 +267,77 @@ class ClusterDriver:
         time.
         """
         up = [
-            handle
-            for instance_id, handle in self._handles.items()
+            incarnation.handle
+            for instance_id, incarnation in self._instances.items()
             if self._scheduler.is_up(instance_id)
         ]
         answers = await self._inspections.ask(up, timeout_s)
         return {
-            "instances": {key: answers.get(key) for key in self._handles},
+            "instances": {key: answers.get(key) for key in self._instances},
             "streams": self._streams.state(),
             "cluster": self._scheduler.state(),
         }
 
     async def stop(self) -> None:
-        await asyncio.gather(*(handle.stop() for handle in self._handles.values()))
+        if self._tick is not None:
+            self._tick.cancel()
+        instances = list(self._instances.values())
+        await asyncio.gather(*(incarnation.handle.stop() for incarnation in instances))
 
     # --- events to actions ---
 
     def _handle(self, event: ClusterEvent) -> None:
         for action in self._scheduler.handle(event, self._clock()):
             match action:
-                case Dispatch(spec, instance_id):
-                    self._handles[instance_id].send(messages.Submit(spec))
+                case Dispatch():
+                    self._dispatch(action)
                 case Abort(request_id, instance_id, num_output_tokens):
                     abort = messages.Abort(request_id, num_output_tokens)
-                    self._handles[instance_id].send(abort)
+                    self._instances[instance_id].handle.send(abort)
                 case Reject(request_id, reason):
                     self._reject(request_id, reason)
-                case Fail(request_id):
-                    self._fail(request_id, InstanceLost("the instance that ran this failed"))
+                case Fail(request_id, why):
+                    self._ends.fail(request_id, failure_of(why))
+                    cause = {"request_id": request_id, "reason": why.value}
+                    logs.event(log, logging.ERROR, "a request cannot go on", **cause)
                 case _:
                     assert_never(action)
+        self._metrics.queued(self._scheduler.num_queued)
+        if self._scheduler.num_queued and self._tick is None:
+            self._tick = asyncio.get_running_loop().call_later(_TICK_S, self._on_tick)
+        for instance_id, incarnation in self._instances.items():
+            if incarnation.is_draining and not self._scheduler.num_assigned(instance_id):
+                incarnation.is_empty.set()
+
+    def _on_tick(self) -> None:
+        self._tick = None
+        self._handle(Elapsed())
+
+    def _dispatch(self, action: Dispatch) -> None:
+        request_id = action.spec.request_id
+        stream = self._streams.get(request_id)
+        assert stream is not None, f"{request_id} has no client"
+        stream.marks.dispatched(self._clock())
+        stream.awaits_token = True
+        submit = messages.Submit(action.spec, tuple(stream.token_ids))
+        self._instances[action.instance_id].handle.send(submit)
+        self._metrics.dispatched(action.instance_id, is_replay=stream.was_dispatched)
+        stream.was_dispatched = True
 
     # --- reports from instances ---
 
-    def _on_report(self, handle: InstanceHandle, report: Report) -> None:
-        instance_id = handle.instance_id
-        if self._handles.get(instance_id) is not handle:
+    def _on_report(self, incarnation: Incarnation, report: Report) -> None:
+        instance_id = incarnation.handle.instance_id
+        if self._instances.get(instance_id) is not incarnation:
             return
         match report:
             case StepEvents():
-                self._on_step(instance_id, report)
+                self._reports.take(instance_id, report)
             case Failed(cause, trace):
                 logs.event(log, logging.ERROR, "instance failed", instance=instance_id, cause=cause)
                 logs.event(log, logging.DEBUG, "instance was here", trace=trace)
-                self._lost[instance_id].set_result(cause)
-                self._metrics.instance_down(instance_id)
-                self._inspections.lost(instance_id)
-                self._handle(InstanceDown(instance_id))
+                incarnation.lost.set_result(cause)
+                self._lose(instance_id)
             case Inspected(number, state):
                 self._inspections.answered(number, state)
             case Ready() | Pong():
@@ -266,126 +345,13 @@ class ClusterDriver:
             case _:
                 assert_never(report)
 
-    def _on_step(self, instance_id: InstanceId, report: StepEvents) -> None:
-        for started in report.started:
-            self._on_started(started)
-        for scored in report.prompt_logprobs:
-            self._on_prompt_logprobs(scored)
-        if report.tokens:
-            now = self._clock()
-            for token in report.tokens:
-                self._on_token(token, now)
-            self._metrics.delivered(self._clock() - now)
-        for finished in report.finished:
-            self._on_finished(finished)
-        for rejected in report.rejected:
-            self._reject(rejected.request_id, rejected.reason)
-            self._handle(Ended(rejected.request_id))
-        self._metrics.step(instance_id, report.view, report.step_s, report.plans_s)
-        self._handle(Reported(instance_id, report.view))
-
-    def _on_started(self, event: StartedEvent) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is not None:
-            stream.num_cached_tokens = event.num_cached_tokens
-            stream.marks.started(event.queue_s)
-            if stream.observer is not None:
-                stream.observer.started(event.request_id)
-            num_prompt_tokens = len(stream.spec.prompt_token_ids)
-            self._metrics.started(num_prompt_tokens, event.num_cached_tokens, event.queue_s)
-
-    def _on_prompt_logprobs(self, event: PromptLogprobs) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is None:
-            return
-        try:
-            stream.take_prompt_logprobs(event.start, event.positions)
-        except Exception as error:  # noqa: BLE001
-            self._break_off(stream, error)
-
-    def _on_token(self, event: TokenEvent, now: float) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is None:  # its client left while the step ran
-            return
-        if stream.has_readers:
-            gap_s = stream.marks.token(now)
-            if gap_s is None:
-                self._metrics.first_token(stream.spec, stream.times)
-            else:
-                self._metrics.next_token(gap_s)
-        try:
-            is_stopped = stream.deliver(event.output_index, event.token_id, event.logprobs)
-        except Exception as error:  # noqa: BLE001
-            self._break_off(stream, error)
-            return
-        if is_stopped:
-            self._end(stream, FinishReason.STOP)
-            self._handle(Cancelled(event.request_id, stream.num_tokens))
-
-    def _on_finished(self, event: FinishedEvent) -> None:
-        self._metrics.finished(event.num_preemptions)
-        stream = self._streams.get(event.request_id)
-        if event.reason is FinishReason.ERROR:
-            failed = {"request_id": event.request_id}
-            words = "a request failed in the model"
-            logs.event(log, logging.ERROR, words, **failed, cause=event.error)
-            logs.event(log, logging.DEBUG, "it failed here", **failed, trace=event.detail or None)
-            self._fail(event.request_id, GenerationFailed())
-        elif stream is not None:
-            self._end(stream, event.reason)
-        self._handle(Ended(event.request_id))
-
-    # --- the ends of streams ---
-
-    def _end(self, stream: RequestStream, reason: FinishReason) -> None:
-        try:
-            stream.finish(reason)
-        except Exception as error:  # noqa: BLE001
-            self._break_off(stream, error)
-        else:
-            self._forget(stream, reason.value)
-
-    def _break_off(self, stream: RequestStream, error: Exception) -> None:
-        """A fault of ours with one request ends this one alone: its neighbours go on."""
-        request_id = stream.spec.request_id
-        logs.failure(log, "no answer could be made of tokens", error, request_id=request_id)
-        self._fail(request_id, GenerationFailed())
-        self._handle(Cancelled(request_id))
+    def _lose(self, instance_id: InstanceId, *, was_ours: bool = False) -> None:
+        self._metrics.instance_down(instance_id)
+        self._inspections.lost(instance_id)
+        self._handle(InstanceDown(instance_id, was_ours))
 
     def _reject(self, request_id: RequestId, reason: RejectReason) -> None:
         self._metrics.rejected(reason)
         waits = Waits(self._retry_after_s(request_id), jittered(self.up_in_s, request_id))
-        self._fail(request_id, error_of(reason, waits, draining=self.draining), "rejected")
-
-    def _fail(self, request_id: RequestId, error: RequestError, outcome: str = "error") -> None:
-        stream = self._streams.get(request_id)
-        if stream is not None:
-            self._has_cut_off |= self.draining and outcome == "error"
-            stream.fail(error)
-            self._forget(stream, outcome)
-
-    def _forget(self, stream: RequestStream, outcome: str) -> None:
-        self._streams.remove(stream.spec.request_id)
-        if stream.observer is not None:
-            stream.observer.ended(stream.spec.request_id)
-        stream.marks.ended(self._clock())
-        times = stream.times
-        self._metrics.ended(stream.endpoint, outcome, stream.spec, stream.num_cached_tokens, times)
-        if log.isEnabledFor(logging.DEBUG):
-            logs.event(
-                log,
-                logging.DEBUG,
-                "ended",
-                request_id=stream.spec.request_id,
-                outcome=outcome,
-                num_prompt_tokens=len(stream.spec.prompt_token_ids),
-                num_cached_tokens=stream.num_cached_tokens,
-                num_output_tokens=times.num_tokens,
-                intake_s=times.intake_s,
-                queue_s=times.queue_s,
-                ttft_s=times.ttft_s,
-                decode_s=times.decode_s,
-                e2e_s=times.e2e_s,
-            )
-        if not len(self._streams):
-            self._idle.set()
+        error = error_of(reason, waits, draining=self.draining)
+        self._ends.fail(request_id, error, "rejected")

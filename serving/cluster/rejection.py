@@ -1,11 +1,12 @@
-"""What a client is told when the cluster or an instance refuses its request."""
+"""What a client is told when its request is refused, or cannot go on."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, assert_never
 
+from scheduler.cluster.events import FailReason
 from scheduler.types import RejectReason
-from serving.errors import InvalidRequest, RequestError, Unavailable
+from serving.errors import InstanceLost, InvalidRequest, Quarantined, RequestError, Unavailable
 
 
 class Waits(NamedTuple):
@@ -35,5 +36,19 @@ def error_of(reason: RejectReason, waits: Waits, *, draining: bool) -> RequestEr
             )
         case RejectReason.DUPLICATE_ID:
             return InvalidRequest("a request with this id is running", param="request_id")
+        case RejectReason.QUARANTINED:
+            return Quarantined()
+        case _:
+            assert_never(reason)
+
+
+def failure_of(reason: FailReason) -> RequestError:
+    match reason:
+        case FailReason.NO_INSTANCE:
+            return InstanceLost("the instance that ran this failed, and no other was up in time")
+        case FailReason.TOO_MANY_LOSSES:
+            return InstanceLost("one instance after another that ran this failed")
+        case FailReason.QUARANTINED:
+            return Quarantined()
         case _:
             assert_never(reason)

@@ -73,7 +73,9 @@ class RequestStream:
         self.spec = spec
         self.endpoint = origin.endpoint
         self.observer = observer
-        self.num_tokens = 0  # delivered
+        self.token_ids: list[int] = []  # delivered, of all its lives
+        self.was_dispatched = False  # to an instance, so that another would be a replay
+        self.awaits_token = False  # since it was handed to an instance
         self.num_cached_tokens = 0  # of the prompt; known when it has started
         self.prompt_logprobs: list[Logprobs] = []  # of the second token of the prompt and on
         self.finish_reason: FinishReason | None = None
@@ -94,6 +96,11 @@ class RequestStream:
     @property
     def ended(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Delivered tokens."""
+        return len(self.token_ids)
 
     @property
     def times(self) -> RequestTimes:
@@ -125,7 +132,7 @@ class RequestStream:
             raise AssertionError(
                 f"{self.spec.request_id}: token {output_index}, not {self.num_tokens}"
             )
-        self.num_tokens += 1
+        self.token_ids.append(token_id)
         self._new_token_ids.append(token_id)
         if self.spec.params.logprobs is not None:
             self._held_scored.append(ScoredToken(token_id, logprobs, self._num_decoded_chars))

@@ -15,10 +15,10 @@ class RequestTimes:
 
     Arrival is when the head of its HTTP request was there: TTFT and E2E begin before its body is
     read, a place is found for it and its prompt becomes tokens, as its client sees it. What that
-    takes is `intake_s`; `queue_s` is the instance's own measure.
+    takes is `intake_s`; `queue_s` is spent at the router and then in the instance.
     """
 
-    intake_s: float = 0.0  # from arrival until it was given to an instance
+    intake_s: float = 0.0  # from arrival until it was queued
     queue_s: float | None = None  # from then to the first step
     ttft_s: float | None = None  # from arrival to the first token
     decode_s: float | None = None  # from the first token to the last so far
@@ -52,6 +52,7 @@ class RequestMarks:
 
     __slots__ = (
         "arrived_at_s",
+        "dispatched_at_s",
         "ended_at_s",
         "first_at_s",
         "last_at_s",
@@ -64,16 +65,26 @@ class RequestMarks:
         """It arrived at the server, and was then taken by the driver."""
         self.arrived_at_s = arrived_at_s
         self.taken_at_s = taken_at_s
+        self.dispatched_at_s = taken_at_s
         self.queue_s: float | None = None
         self.first_at_s: float | None = None
         self.last_at_s: float | None = None
         self.ended_at_s: float | None = None
         self.num_tokens = 0
 
-    def started(self, queue_s: float) -> None:
-        """Its first step is complete; the first one counts, wherever it is started again."""
-        if self.queue_s is None:
-            self.queue_s = queue_s
+    def dispatched(self, now: float) -> None:
+        """It was handed to an instance."""
+        self.dispatched_at_s = now
+
+    def started(self, queue_s: float) -> bool:
+        """Its first step is complete, `queue_s` after the instance got it.
+
+        False if it had been started before, elsewhere: the first time counts.
+        """
+        if self.queue_s is not None:
+            return False
+        self.queue_s = self.dispatched_at_s - self.taken_at_s + queue_s
+        return True
 
     def token(self, now: float) -> float | None:
         """A token came; return the time since the last one, None for the first."""

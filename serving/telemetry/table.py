@@ -83,7 +83,8 @@ TABLE: tuple[Metric, ...] = (
         labels=("instance",), vllm=Alias("num_requests_running"), dashboard="overview",
     ),
     Metric(
-        "gauge", "requests_waiting", "Requests queued at an instance", _VIEW,
+        "gauge", "requests_waiting",
+        "Requests queued at an instance, or at the `router` until one has room", _VIEW,
         labels=("instance",), vllm=Alias("num_requests_waiting"), dashboard="overview",
     ),
     Metric(
@@ -142,7 +143,7 @@ TABLE: tuple[Metric, ...] = (
         buckets=_E2E_S, vllm=Alias("e2e_request_latency_seconds"), dashboard="overview",
     ),
     Metric(
-        "histogram", "queue_time_seconds", "From arrival at the instance to the first step",
+        "histogram", "queue_time_seconds", "From the router to the first step",
         _STARTED, buckets=_TTFT_S, vllm=Alias("request_queue_time_seconds"),
         dashboard="overview",
     ),
@@ -280,6 +281,15 @@ TABLE: tuple[Metric, ...] = (
     Metric(
         "gauge", "instance_up", "1 while the instance serves", _READY,
         labels=("instance",), dashboard="overview",
+    ),
+    Metric(
+        "counter", "dispatches", "Requests handed to the instance", "a dispatch (driver)",
+        labels=("instance",), dashboard="engine",
+    ),
+    Metric(
+        "counter", "request_replays",
+        "Requests that went on elsewhere, their instance being lost or emptied",
+        "a dispatch (driver)", dashboard="overview",
     ),
     Metric(
         "gauge", "config_info", "Always 1; what an instance was started with", _READY,

@@ -166,9 +166,7 @@ class Server:
         self._engine = EngineConfig(model_name="m", model_folder=None, **engine)
 
     async def __aenter__(self):
-        self.driver = ClusterDriver(
-            ClusterScheduler(), CODEC, self.metrics, max_requests_per_instance=64
-        )
+        self.driver = ClusterDriver(ClusterScheduler(), CODEC, self.metrics)
         service = Service(
             config=ServeConfig(engine=self._engine),
             ready=await self.driver.start(self.handle),

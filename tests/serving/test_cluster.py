@@ -22,6 +22,7 @@ from engine.messages import (
     Submit,
 )
 from scheduler.cluster.scheduler import ClusterScheduler
+from scheduler.config import ClusterConfig
 from scheduler.types import (
     FinishedEvent,
     FinishReason,
@@ -46,9 +47,9 @@ from tests.factories import make_executor, make_geometry, make_scheduler, make_s
 CODEC = fake_codec()
 
 
-def build(emit, executor=None, **settings):
-    core = EngineCore(make_scheduler(**settings), executor or make_executor(), emit)
-    return core, Ready("m", "checksum", "none", 256, make_geometry())
+def build(emit, executor=None, max_num_running=8):
+    core = EngineCore(make_scheduler(), executor or make_executor(), emit)
+    return core, Ready("m", "checksum", "none", 256, make_geometry(), {}, max_num_running)
 
 
 class BreaksAtStep:
@@ -71,11 +72,10 @@ class BreaksAtStep:
 
 
 async def start_driver(executor=None, max_requests=8):
-    driver = ClusterDriver(
-        ClusterScheduler(), CODEC, Metrics("m"), max_requests_per_instance=max_requests
-    )
+    config = ClusterConfig(max_num_waiting=0, continuation_timeout_s=0.1)
+    driver = ClusterDriver(ClusterScheduler(config), CODEC, Metrics("m"))
     handle = InProcessHandle(
-        InstanceId("i0"), lambda emit: build(emit, executor), through_wire=True
+        InstanceId("i0"), lambda emit: build(emit, executor, max_requests), through_wire=True
     )
     assert not driver.ready
     await driver.start(handle)

@@ -1,0 +1,176 @@
+"""What is known of one instance that is up: what was sent there, and what it reported last.
+
+A report is older than what was sent after it. What is on its way counts by this ledger until a
+report covers it: `InstanceView.num_given` says how much of what was sent the instance had got, so
+nothing is guessed from clocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from scheduler.cluster.events import InstanceCapacity
+from scheduler.load import InstanceView
+from scheduler.types import InstanceId, RequestId
+
+# Requests beyond those that may run, as a share of them, so that whoever ends has a successor
+# there already.
+_SPARE_SHARE = 4
+
+
+class InstanceLoad(NamedTuple):
+    """What a dispatch policy may know of an instance."""
+
+    instance_id: InstanceId
+    num_requests: int
+    num_waiting_tokens: int  # to be computed before requests that are there have a first token
+    freeness: float  # in steps; may be negative
+
+
+class _Sent(NamedTuple):
+    number: int
+    num_blocks: int
+
+
+class _Entry(NamedTuple):
+    rank: int
+    num_tokens: int  # known when it was sent
+
+
+class Ledger:
+    """One instance, from when it came up. Only `ClusterScheduler` writes here."""
+
+    __slots__ = (
+        "_in_flight",
+        "_is_trusted",
+        "_num_by_rank",
+        "_num_sent",
+        "_waiting",
+        "_waiting_tokens",
+        "assigned",
+        "capacity",
+        "doubtful",
+        "instance_id",
+        "is_draining",
+        "view",
+    )
+
+    def __init__(
+        self, instance_id: InstanceId, capacity: InstanceCapacity, *, is_trusted: bool = True
+    ) -> None:
+        """`is_trusted` is off only to show what dispatch by reports alone would do."""
+        self.instance_id = instance_id
+        self.capacity = capacity
+        self.view: InstanceView | None = None
+        self.is_draining = False
+        self.doubtful: RequestId | None = None  # on trial here: see `suspicion`
+        self.assigned: dict[RequestId, _Entry] = {}
+        self._waiting: set[RequestId] = set()  # no token of them since they were sent
+        self._num_by_rank: dict[int, int] = {}
+        self._waiting_tokens: dict[int, int] = {}  # by rank
+        self._in_flight: deque[_Sent] = deque()  # sent and in no report yet
+        self._num_sent = 0
+        self._is_trusted = is_trusted
+
+    # --- what happens ---
+
+    def send(self, request_id: RequestId, rank: int, num_tokens: int) -> None:
+        """A request of so many known tokens is handed to the instance."""
+        self.assigned[request_id] = _Entry(rank, num_tokens)
+        self._waiting.add(request_id)
+        self._num_by_rank[rank] = self._num_by_rank.get(rank, 0) + 1
+        self._waiting_tokens[rank] = self._waiting_tokens.get(rank, 0) + num_tokens
+        self._num_sent += 1
+        self._in_flight.append(_Sent(self._num_sent, self._blocks(num_tokens)))
+
+    def began(self, request_id: RequestId) -> None:
+        """The first token of a request came from there."""
+        entry = self.assigned.get(request_id)
+        if entry is not None and request_id in self._waiting:
+            self._waiting.remove(request_id)
+            _take(self._waiting_tokens, entry.rank, entry.num_tokens)
+        if self.doubtful == request_id:
+            self.doubtful = None
+
+    def ended(self, request_id: RequestId) -> None:
+        """The instance has nothing of the request any more."""
+        self.began(request_id)
+        entry = self.assigned.pop(request_id, None)
+        if entry is not None:
+            _take(self._num_by_rank, entry.rank, 1)
+
+    def report(self, view: InstanceView) -> None:
+        self.view = view
+        while self._in_flight and self._in_flight[0].number <= view.num_given:
+            self._in_flight.popleft()
+
+    # --- what follows ---
+
+    def has_room(self, rank: int) -> bool:
+        """Whether a request would compute there soon; else it waits here, where it can be moved.
+
+        Those of a higher rank number do not count: the instance lets them wait, or give way. While
+        less waits than keeps it busy, a request of any length may come.
+        """
+        if self.is_draining:
+            return False
+        max_num_running = self.capacity.max_num_running
+        max_num_assigned = max_num_running + -(-max_num_running // _SPARE_SHARE)
+        return (
+            _up_to(self._num_by_rank, rank) < max_num_assigned
+            and _up_to(self._waiting_tokens, rank) < self.capacity.max_num_waiting_tokens
+        )
+
+    def load(self) -> InstanceLoad:
+        view = self.view
+        if not self._is_trusted:
+            num_requests = 0 if view is None else view.num_running + view.num_waiting
+            return InstanceLoad(self.instance_id, num_requests, 0, self.freeness(dispatch=True))
+        return InstanceLoad(
+            self.instance_id,
+            len(self.assigned),
+            sum(self._waiting_tokens.values()),
+            self.freeness(dispatch=True),
+        )
+
+    def freeness(self, *, dispatch: bool = False) -> float:
+        """Return (M - ΣV) / B: the steps that its KV memory lasts, were it to run on as now.
+
+        Llumnix (arXiv 2406.03243), algorithm 1, with memory counted in tokens. The virtual usage V
+        of a running request is what it holds; of the first that waits, what it demands; of others
+        that wait, 0; and of an instance that drains all is taken. B is the batch: each request
+        takes a token a step. For a dispatch all that waits counts in both, as in the paper's
+        artifact: a new request comes behind all of it. Negative means overload.
+        """
+        if self.is_draining:
+            return float("-inf")
+        view = self.view
+        num_used = num_running = num_waiting = num_waiting_blocks = num_head_blocks = 0
+        if view is not None:
+            num_used = view.num_blocks - view.num_free_blocks
+            num_running, num_waiting = view.num_running, view.num_waiting
+            num_waiting_blocks = self._blocks(view.num_waiting_tokens)
+            num_head_blocks = view.num_head_blocks
+        if dispatch:
+            sent = self._in_flight if self._is_trusted else ()
+            demand = num_waiting_blocks + sum(entry.num_blocks for entry in sent)
+            batch = num_running + num_waiting + len(sent)
+        else:
+            demand = num_head_blocks
+            batch = num_running + (1 if num_waiting else 0)
+        num_free_tokens = (self.capacity.num_blocks - num_used - demand) * self.capacity.block_size
+        return num_free_tokens / max(1, batch)
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.capacity.block_size)
+
+
+def _take(counts: dict[int, int], rank: int, amount: int) -> None:
+    counts[rank] -= amount
+    if not counts[rank]:
+        del counts[rank]
+
+
+def _up_to(counts: dict[int, int], rank: int) -> int:
+    return sum(count for key, count in counts.items() if key <= rank)

@@ -1,0 +1,86 @@
+"""Requests that wait at the router: by rank, then in the order in which they arrived.
+
+One that lost its instance keeps its place in that order, which is before all that came later.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from scheduler.types import InstanceId, RequestId, RequestSpec
+
+
+class Assignment:
+    """One accepted request, from arrival to end: where it is, and what befell it."""
+
+    __slots__ = (
+        "has_token",
+        "instance_id",
+        "is_cancelled",
+        "is_interrupted",
+        "num_losses",
+        "ordinal",
+        "rank",
+        "spec",
+        "strikes",
+    )
+
+    def __init__(self, spec: RequestSpec, rank: int, ordinal: int) -> None:
+        self.spec = spec
+        self.rank = rank
+        self.ordinal = ordinal
+        self.instance_id: InstanceId | None = None  # None: it is queued here
+        self.has_token = False  # since it was sent there
+        self.is_cancelled = False  # its instance was told to drop it
+        self.is_interrupted = False  # it was on an instance before
+        self.num_losses = 0  # instances that died under it
+        self.strikes = 0  # of these, since it last got a token
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.spec.request_id
+
+    @property
+    def max_num_tokens(self) -> int:
+        return max_num_tokens(self.spec)
+
+
+def max_num_tokens(spec: RequestSpec) -> int:
+    """Return what a request may become: prompt and answer."""
+    return len(spec.prompt_token_ids) + spec.params.max_tokens
+
+
+class Queue:
+    """A heap; what is taken out from the middle is skipped when it comes up."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, Assignment]] = []
+        self._members: dict[RequestId, Assignment] = {}
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def push(self, request: Assignment) -> None:
+        self._members[request.request_id] = request
+        heapq.heappush(self._heap, (request.rank, request.ordinal, request))
+
+    def head(self) -> Assignment | None:
+        """Return the one whose turn it is."""
+        while self._heap:
+            request = self._heap[0][2]
+            if self._members.get(request.request_id) is request:
+                return request
+            heapq.heappop(self._heap)
+        return None
+
+    def discard(self, request: Assignment) -> None:
+        """Take it out, wherever it is."""
+        if self._members.get(request.request_id) is request:
+            del self._members[request.request_id]
+            if len(self._heap) > 64 and len(self._heap) > 4 * len(self._members):
+                members = self._members.values()
+                self._heap = [(request.rank, request.ordinal, request) for request in members]
+                heapq.heapify(self._heap)
+
+    def all(self) -> list[Assignment]:
+        return list(self._members.values())
