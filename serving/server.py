@@ -23,6 +23,7 @@ from serving.api.app import create_app
 from serving.api.service import Service
 from serving.api.watch import Watch
 from serving.cluster.child import Child
+from serving.cluster.child_host import ChildHost
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.process import ProcessHandle
@@ -70,11 +71,11 @@ async def serve(
 
     def make_handle(incarnation: int) -> InstanceHandle:
         is_first = incarnation == 1
+        engine = config.engine if is_first else _with_new_log(config.engine)
         return ProcessHandle(
             InstanceId("instance-0"),
-            config.engine if is_first else _with_new_log(config.engine),
+            ChildHost(engine, child if is_first else None),
             watchdog_timeout_s=config.watchdog_timeout_s,
-            child=child if is_first else None,
             progress=progress if is_first else None,
         )
 
