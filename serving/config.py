@@ -218,11 +218,6 @@ class ServeConfig:
             max_num_streams=self.max_num_streams or 2 * max_num_requests,
         )
 
-    @property
-    def max_requests(self) -> int:
-        """Requests that one instance takes at a time, running and waiting."""
-        return self.engine.max_num_running + self.engine.max_num_waiting
-
 
 def parse_bytes(text: str) -> int:
     """Return the bytes that `4GiB`, `500MB` or `123` say. Raises ValueError for anything else."""

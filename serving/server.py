@@ -59,7 +59,12 @@ async def serve(
     admission = Admission(config.admission)
     driver = ClusterDriver(
         ClusterScheduler(
-            ClusterConfig(max_num_waiting=config.engine.max_num_waiting),
+            ClusterConfig(
+                dispatch=config.dispatch,
+                prefix_affinity=config.prefix_affinity,
+                max_num_waiting=config.admission.max_num_waiting,
+                continuation_timeout_s=config.continuation_timeout_s,
+            ),
             rank=rank_policy(config.engine.policy),
         ),
         codec,

@@ -29,7 +29,7 @@ def parsed(text: str) -> Any:
         raise YamlError(f"it is no YAML: {error}") from error
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc] # it comes without types
     """Refuses a key that stands twice: plain loaders take the last without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from engine.config import EngineConfig
 from engine.startup import Progress
 from serving.cluster.child import Child
+from serving.cluster.child_host import ChildHost
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.members import instance_id
 from serving.cluster.process import ProcessHandle
@@ -61,9 +62,8 @@ class ChildBackend:
         engine = self._config.instance(number).engine
         return ProcessHandle(
             instance_id(number),
-            own_log(engine, number, incarnation),
+            ChildHost(own_log(engine, number, incarnation), self._child if is_first else None),
             watchdog_timeout_s=self._config.watchdog_timeout_s,
-            child=self._child if is_first else None,
             progress=self._progress if is_first else None,
         )
 

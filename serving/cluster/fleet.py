@@ -212,14 +212,14 @@ class Fleet:
             while self._order(change, starting, leaving):
                 self._wished.clear()
                 wish = asyncio.ensure_future(self._wished.wait())
-                work = [*starting.values(), *leaving]
-                await asyncio.wait([wish, *work], return_when=asyncio.FIRST_COMPLETED)
+                under_way: list[asyncio.Future[Any]] = [wish, *starting.values(), *leaving]
+                await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
                 wish.cancel()
                 self._take_stock(change, starting, leaving)
         finally:
             rest = [*starting.values(), *leaving]
-            for work in rest:
-                work.cancel()
+            for future in rest:
+                future.cancel()
             await asyncio.gather(*rest, return_exceptions=True)
 
     def _order(
@@ -250,13 +250,15 @@ class Fleet:
         starting: dict[int, asyncio.Future[None]],
         leaving: list[asyncio.Future[None]],
     ) -> None:
-        """See what is done. One that could not start is wanted no more: it would fail again."""
+        """See what is done. One that could not start is wanted no more, unless asked for since."""
         for number, start in list(starting.items()):
             if start.done():
                 del starting[number]
                 error = start.exception()
                 if error is not None:
-                    self._num_wanted = max(1, self._num_wanted - 1)
+                    if not self._wished.is_set():
+                        staying = len(self._members.numbers())
+                        self._num_wanted = min(self._num_wanted, staying)
                     change.fail(_as_user_error(error, f"{instance_id(number)} does not start"))
         for work in [work for work in leaving if work.done()]:
             leaving.remove(work)
