@@ -128,6 +128,7 @@ class _Backend:
                 remedy = "see that the cluster is up, and that its address and token are right"
             self._say(CannotOpen(cause=f"Ray does not start: {_line(error)}", remedy=remedy))
             os._exit(1)
+        _quieten(Path(self._order.folder) / self._order.name / "logs")
         self._say(opened)
         while True:
             with contextlib.suppress(queue.Empty):
@@ -387,6 +388,12 @@ def _words(resources: dict[str, float], labels: dict[str, str]) -> str:
 def _line(error: Exception) -> str:
     """Return an error of Ray's, which may be a page, as a line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_WORDS_CHARS]
+
+
+def _quieten(folder: Path) -> None:
+    """Ray prints a page to stdout for each actor that ends: into a file of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout = open(folder / "messages.out", "a", buffering=1)  # noqa: SIM115 (for good)
 
 
 def _print(text: str) -> None:
