@@ -28,7 +28,7 @@ class AdminClient:
         """Raises UserError for what is no address."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
-            port = parts.port or DEFAULT_ADMIN_PORT
+            port = DEFAULT_ADMIN_PORT if parts.port is None else parts.port
         except ValueError:
             port = 0
         if parts.scheme not in ("http", "https") or not parts.hostname or not port:
