@@ -17,7 +17,7 @@ import aiohttp
 
 Answer = dict[str, Any]
 _STREAM = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-_WORDS = [
+_WORDS = ["time", "light", "river", "stone", "cloud", "paper", "green", "seven", "winter", "open"]
     "time",
     "light",
     "river",
