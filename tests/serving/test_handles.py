@@ -11,6 +11,7 @@ from engine.config import EngineConfig
 from engine.messages import Abort, Failed, Inspect, Inspected, Ping, StepEvents, Stop, Submit
 from engine.startup import StartupTimes
 from scheduler.types import FinishReason, InstanceId, RejectReason, RequestId
+from serving.cluster.child_host import ChildHost
 from serving.cluster.inproc import InProcessHandle
 from serving.cluster.process import ProcessHandle
 from serving.errors import UserError
@@ -28,7 +29,7 @@ def in_process(name="m", through_wire=False):
 
 def by_process(name="m"):
     config = EngineConfig(model_name=name, model_folder=None)
-    return ProcessHandle(InstanceId("i0"), config, program=PROGRAM)
+    return ProcessHandle(InstanceId("i0"), ChildHost(config, program=PROGRAM))
 
 
 @pytest.fixture(
