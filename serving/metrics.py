@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from engine.messages import Ready
 from scheduler.load import InstanceView
@@ -21,6 +20,7 @@ from serving.telemetry.page import CONTENT_TYPE as CONTENT_TYPE
 from serving.telemetry.page import Page
 from serving.telemetry.store import MetricStore
 from serving.telemetry.table import REJECTED, TABLE, Endpoint
+from serving.version import version
 
 _MAX_UNKNOWN_FIELDS = 50
 _OTHER = "other"
@@ -68,7 +68,7 @@ class Metrics:
         # Written for every token.
         self._generation_tokens = store.number("generation_tokens")
         self._itl = store.histogram("inter_token_latency_seconds")
-        store.number("build_info", _version(), platform.python_version()).set(1)
+        store.number("build_info", version(), platform.pythonversion()).set(1)
 
     # --- the pages ---
 
@@ -290,13 +290,3 @@ class Metrics:
             self._store.number("kv_blocks", instance_id, state).set(num_blocks)
         scattered = 1 - kv.longest_free_run_blocks / num_unclaimed if num_unclaimed > 0 else 0.0
         self._store.number("kv_fragmentation_ratio", instance_id).set(scattered)
-
-
-@cache
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("hocket")
-    except PackageNotFoundError:  # run from a folder of sources
-        return "unknown"
