@@ -18,19 +18,6 @@ import aiohttp
 Answer = dict[str, Any]
 _STREAM = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
 _WORDS = ["time", "light", "river", "stone", "cloud", "paper", "green", "seven", "winter", "open"]
-    "time",
-    "light",
-    "river",
-    "stone",
-    "cloud",
-    "paper",
-    "green",
-    "seven",
-    "winter",
-    "under",
-    "silver",
-    "open",
-]
 
 
 @dataclass
@@ -94,7 +81,7 @@ def bodies(rng: random.Random, max_tokens: tuple[int, int], num_of_each: int) ->
         {"temperature": 1.0, "seed": 1},
         {"temperature": 0.8, "frequency_penalty": 0.6, "presence_penalty": 0.4,
          "repetition_penalty": 1.2, "seed": 2},
-        {"temperature": 0, "logprobs": 3},
+        {"temperature": 0, "logprobs": 3, "seed": 4},
         {"temperature": 1.0, "seed": 3, "n": 2},
     ]  # fmt: skip
     found = []
@@ -178,7 +165,7 @@ class Clients:
                 self.outcomes[f"failed: {told.error}"] += 1
             elif told.answer != expected:
                 self.outcomes["WRONG"] += 1
-                print(f"wrong: {body}\n  got      {told.answer}\n  expected {expected}"[:2000])
+                print(f"wrong: {body}\n  got {told.answer}\n  not {expected}"[:600])
             else:
                 self.outcomes["as undisturbed"] += 1
 

@@ -51,7 +51,7 @@ async def both_up(session: aiohttp.ClientSession, server: RunningServer) -> dict
     while time.monotonic() < deadline_s:
         instances = (await get(session, f"{server.admin_url}/admin/status"))["instances"]
         if len(instances) == 2 and all(each["state"] == "up" for each in instances):
-            return {each["instance_id"]: each["pid"] for each in instances}
+            return {each["instance"]: each["pid"] for each in instances}
         await asyncio.sleep(0.02)
     raise SystemExit("an instance does not come back")
 
