@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,14 +48,15 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     for_operators = admin_rules(flags, os.environ, rules)
     cluster, model = read_cluster(flags, model)
     shown = LoggedProgress() if flags.log_json else TerminalProgress()
-    with contextlib.ExitStack() as stack, shown as progress:
-        # What instances run in has the longer way to go: it sets out first, and imports what it
-        # needs while this process looks for the model and imports what serves HTTP.
-        origin = _begun(flags) if flags.uses_ray else stack.enter_context(Child())
+    api, admin = Port(bind(flags.host, flags.port), rules), None
+    if flags.admin_port is not None:
+        admin = Port(bind(ADMIN_HOST, flags.admin_port), for_operators)
+    # What instances run in has the longer way to go: it sets out first, and imports what it needs
+    # while this process looks for the model and imports what serves HTTP.
+    begun: AbstractContextManager[Child | RaySession]
+    begun = _ray_session(flags) if flags.uses_ray else Child()
+    with begun as origin, shown as progress:
         times = StartupTimes(progress)
-        api, admin = Port(bind(flags.host, flags.port), rules), None
-        if flags.admin_port is not None:
-            admin = Port(bind(ADMIN_HOST, flags.admin_port), for_operators)
         name, folder = FAKE_MODEL_NAME, None
         if not flags.fake:
             with times.phase("model", "finding the model"):
@@ -94,12 +96,18 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
         sys.exit(1)
 
 
-def _begun(flags: ServeFlags) -> RaySession:
+@contextlib.contextmanager
+def _ray_session(flags: ServeFlags) -> Iterator[RaySession]:
+    """Begin a session; who serves by it ends it, unless it does not come to that."""
     from serving.cluster.ray_session import RaySession
 
     session = RaySession(flags.ray_address, host=flags.host)
     session.begin()
-    return session
+    try:
+        yield session
+    except BaseException:
+        asyncio.run(session.stop())
+        raise
 
 
 def check_flags(flags: ServeFlags) -> None:

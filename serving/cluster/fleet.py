@@ -59,7 +59,7 @@ class Fleet:
         """
         num = self._num_wanted
         numbers = [self._members.add() for _ in range(num)]
-        starts = {number: asyncio.ensure_future(self._members.join(number)) for number in numbers}
+        starts = {number: asyncio.ensure_future(self._first(number)) for number in numbers}
         is_shown = False
         try:
             for num_up, started in enumerate(asyncio.as_completed(starts.values()), start=1):
@@ -76,6 +76,14 @@ class Fleet:
         self._common = common_ready(self.readies().values())
         self._on_numbers(self._members.numbers())
         return self._common
+
+    async def _first(self, number: int) -> None:
+        try:
+            await self._members.join(number)
+        except UserError as error:
+            if self._num_wanted == 1:
+                raise
+            raise UserError(f"{instance_id(number)}: {error.cause}", error.remedy) from error
 
     async def stop(self) -> None:
         """Start and change nothing any more; what runs is the driver's to stop."""

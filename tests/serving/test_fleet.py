@@ -57,7 +57,7 @@ def test_all_start_at_the_same_time():
 def test_the_first_that_cannot_start_ends_the_start_of_all():
     async def run():
         it = ScriptedFleet(3, holds={0, 2}, faults={(1, 1): no_memory()})
-        with pytest.raises(UserError, match="no memory"):
+        with pytest.raises(UserError, match="instance-1: no memory"):
             await it.fleet.start()
         assert all(instance.is_stopped for instance in it.instances.values())
         assert it.states() == {}
