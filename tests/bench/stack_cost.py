@@ -73,6 +73,7 @@ class Connections:
         body = json.dumps({"prompt": prompt} | fields).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        self._free = [each for each in self._free if not each[0].at_eof()]
         if not self._free:
             self._free.append(await asyncio.open_connection(self._host, self._port))
         reader, writer = connection = self._free.pop()
