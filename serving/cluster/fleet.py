@@ -60,12 +60,15 @@ class Fleet:
         num = self._num_wanted
         numbers = [self._members.add() for _ in range(num)]
         starts = {number: asyncio.ensure_future(self._members.join(number)) for number in numbers}
+        is_shown = False
         try:
             for num_up, started in enumerate(asyncio.as_completed(starts.values()), start=1):
                 await started
                 # Until then the first one shows how far its start is.
-                if num > 1 and not self._members.is_starting(numbers[0]):
-                    self._progress.phase(f"starting {num} instances", num)
+                if num_up < num and not self._members.is_starting(numbers[0]):
+                    if not is_shown:
+                        self._progress.phase(f"starting {num} instances", num)
+                    is_shown = True
                     self._progress.advance(num_up)
         except BaseException:
             await asyncio.gather(*(self._abandon(*item) for item in starts.items()))

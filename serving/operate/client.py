@@ -18,8 +18,6 @@ _NAME_IT = "name the admin port of a server with --admin http://127.0.0.1:PORT"
 _REMEDIES = {  # by status, where the answer brings none
     401: f"put an operator's key into the variable {ADMIN_KEY}",
     403: "call it by a loopback name, or give a key",
-    404: _NAME_IT,
-    405: _NAME_IT,
 }
 
 
@@ -30,7 +28,7 @@ class AdminClient:
         """Raises UserError for what is no address."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
-            port = parts.port or DEFAULT_ADMIN_PORT
+            port = DEFAULT_ADMIN_PORT if parts.port is None else parts.port
         except ValueError:
             port = 0
         if parts.scheme not in ("http", "https") or not parts.hostname or not port:
@@ -89,8 +87,8 @@ class AdminClient:
         told = error if isinstance(error, dict) else {}
         message = str(told.get("message") or f"status {status}")
         remedy = told.get("remedy") or _REMEDIES.get(status)
-        if told.get("code") == "not_found":  # the path: some other port
-            message = f"what answers at {self.url} is no admin port"
+        if told.get("code") in ("not_found", "method_not_allowed"):  # the path: some other port
+            message, remedy = f"what answers at {self.url} is no admin port", _NAME_IT
         if status == http.client.SERVICE_UNAVAILABLE:
             remedy = remedy or "try again soon"
         return UserError(message, remedy or "see `hocket status`")

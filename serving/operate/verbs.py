@@ -72,7 +72,8 @@ class Operator:
                 self._say("the server is drained: end it with SIGTERM")
                 return
             if num_left != shown:
-                self._say(f"the server drains: {num_left} requests are left")
+                left = "1 request is" if num_left == 1 else f"{num_left} requests are"
+                self._say(f"the server drains: {left} left")
                 shown = num_left
             if not self._waits:
                 return
