@@ -66,7 +66,7 @@ class Metrics:
         # Written for every token.
         self._generation_tokens = store.number("generation_tokens")
         self._itl = store.histogram("inter_token_latency_seconds")
-        store.number("build_info", version(), platform.pythonversion()).set(1)
+        store.number("build_info", version(), platform.python_version()).set(1)
 
     # --- the pages ---
 
