@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.fake import ChecksumExecutor
+from scheduler.cluster.events import InstanceCapacity
 from scheduler.config import InstanceConfig
 from scheduler.instance.scheduler import InstanceScheduler
+from scheduler.load import InstanceView
 from scheduler.types import KVGeometry, RequestId, RequestSpec, SamplingParams
 
 BLOCK_SIZE = 4
@@ -54,4 +56,35 @@ def make_executor(num_blocks: int = 64, max_num_rows: int = 8, **settings) -> Ch
             "vocab_size": VOCAB_SIZE,
             **settings,
         },
+    )
+
+
+def make_capacity(**limits) -> InstanceCapacity:
+    """An instance of 64 blocks of 4 slots that runs two requests, and has one more to spare."""
+    return InstanceCapacity(
+        **{
+            "max_num_running": 2,
+            "max_num_waiting_tokens": 1000,
+            "max_model_len": 256,
+            "num_blocks": 64,
+            "block_size": BLOCK_SIZE,
+            **limits,
+        }
+    )
+
+
+def make_view(**facts) -> InstanceView:
+    """The view of an instance that has nothing to do."""
+    return InstanceView(
+        **{
+            "num_running": 0,
+            "num_waiting": 0,
+            "num_waiting_tokens": 0,
+            "num_blocks": 64,
+            "num_free_blocks": 64,
+            "num_steps": 0,
+            "num_computed_tokens": 0,
+            "num_preemptions": 0,
+            **facts,
+        }
     )

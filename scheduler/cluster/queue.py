@@ -14,10 +14,8 @@ class Assignment:
     """One accepted request, from arrival to end: where it is, and what befell it."""
 
     __slots__ = (
-        "has_token",
         "instance_id",
         "is_cancelled",
-        "is_interrupted",
         "num_losses",
         "ordinal",
         "rank",
@@ -30,9 +28,7 @@ class Assignment:
         self.rank = rank
         self.ordinal = ordinal
         self.instance_id: InstanceId | None = None  # None: it is queued here
-        self.has_token = False  # since it was sent there
         self.is_cancelled = False  # its instance was told to drop it
-        self.is_interrupted = False  # it was on an instance before
         self.num_losses = 0  # instances that died under it
         self.strikes = 0  # of these, since it last got a token
 

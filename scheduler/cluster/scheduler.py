@@ -186,15 +186,20 @@ class ClusterScheduler:
     ) -> Iterator[ClusterAction]:
         match event:
             case InstanceUp(instance_id, capacity):
+                # A new incarnation; should nobody have told of the end of the old one, it ended.
+                yield from self._lose(instance_id, now, was_ours=True)
                 trusted = self.config.uses_ledger
                 self._instances[instance_id] = Ledger(instance_id, capacity, is_trusted=trusted)
-                self._alone_since_s = None
             case InstanceDown(instance_id, was_ours):
                 yield from self._lose(instance_id, now, was_ours=was_ours)
             case InstanceDraining(instance_id) if instance_id in self._instances:
                 self._instances[instance_id].is_draining = True
             case MoveAway(instance_id) if instance_id in self._instances:
                 yield from self._move_away(self._instances[instance_id])
+        if self.is_open:
+            self._alone_since_s = None
+        elif self._alone_since_s is None:
+            self._alone_since_s = now
 
     # --- requests come and go ---
 
@@ -207,8 +212,11 @@ class ClusterScheduler:
             return RejectReason.QUARANTINED
         num_tokens = max_num_tokens(spec)
         ledgers = self._instances.values()
-        if not any(ledger.capacity.fits(num_tokens) for ledger in ledgers):
+        fitting = [ledger for ledger in ledgers if ledger.capacity.fits(num_tokens)]
+        if not fitting:
             return RejectReason.NEVER_FITS
+        if all(ledger.is_draining for ledger in fitting):
+            return RejectReason.NO_INSTANCE
         num_running = sum(ledger.capacity.max_num_running for ledger in ledgers)
         if len(self._requests) >= num_running + self.config.max_num_waiting:
             return RejectReason.QUEUE_FULL
@@ -223,7 +231,6 @@ class ClusterScheduler:
     def _began(self, request_id: RequestId, instance_id: InstanceId) -> None:
         request = self._requests.get(request_id)
         if request is not None and request.instance_id == instance_id:
-            request.has_token = True
             request.strikes = 0
             self._instances[instance_id].began(request_id)
 
@@ -236,7 +243,7 @@ class ClusterScheduler:
 
     def _cancel(self, event: Cancelled) -> Iterator[ClusterAction]:
         request = self._requests.get(event.request_id)
-        if request is None:
+        if request is None or request.is_cancelled:
             return
         if request.instance_id is None:
             self._forget_queued(request)
@@ -259,54 +266,53 @@ class ClusterScheduler:
             return
         if self._affinity is not None:
             self._affinity.forget(instance_id)
-        yield from self._bereave(self._owned(ledger), now, was_ours=was_ours)
-        for request_id in ledger.assigned:  # its client had left
-            if self.owner(request_id) == instance_id:
-                del self._requests[request_id]
-        if not self.is_open and self._alone_since_s is None:
-            self._alone_since_s = now
+        yield from self._bereave(ledger, now, was_ours=was_ours)
 
-    def _bereave(
-        self, lost: list[Assignment], now: float, *, was_ours: bool
-    ) -> Iterator[ClusterAction]:
+    def _bereave(self, ledger: Ledger, now: float, *, was_ours: bool) -> Iterator[ClusterAction]:
         """Have requests that lost their instance go on, but for those that it may have died of."""
-        blamed = None
+        lost, blamed = self._owned(ledger), None
         if not was_ours:
             for request in lost:
                 request.num_losses += 1
-                request.strikes += 1
-            blamed = culprit((request, request.strikes) for request in lost)
+            if len(lost) == len(ledger.assigned):  # else it may be one that was moved away
+                blamed = self._suspect(lost, now)
         for request in lost:
-            if request is blamed:
-                self._quarantine.add(request.spec, now)
+            if request.is_cancelled:  # nobody waits for it, but it may have been the one
+                del self._requests[request.request_id]
+            elif request is blamed:
                 yield self._fail(request, FailReason.QUARANTINED)
             elif request.num_losses > self.config.max_num_losses:
                 yield self._fail(request, FailReason.TOO_MANY_LOSSES)
             else:
                 self._interrupt(request)
 
+    def _suspect(self, lost: list[Assignment], now: float) -> Assignment | None:
+        for request in lost:
+            request.strikes += 1
+        blamed = culprit((request, request.strikes) for request in lost)
+        if blamed is not None:
+            self._quarantine.add(blamed.spec, now)
+        return blamed
+
     def _move_away(self, ledger: Ledger) -> Iterator[ClusterAction]:
         for request in self._owned(ledger):
             # The instance has it until it says that it ended; nobody listens to what it says else.
-            yield Abort(request.request_id, ledger.instance_id)
-            self._interrupt(request)
+            if not request.is_cancelled:
+                yield Abort(request.request_id, ledger.instance_id)
+                self._interrupt(request)
 
     def _owned(self, ledger: Ledger) -> list[Assignment]:
-        """Return the requests there that somebody waits for, and that did not go on elsewhere."""
+        """Return the requests there that did not go on elsewhere."""
         requests = (self._requests.get(request_id) for request_id in ledger.assigned)
         return [
             request
             for request in requests
-            if request is not None
-            and request.instance_id == ledger.instance_id
-            and not request.is_cancelled
+            if request is not None and request.instance_id == ledger.instance_id
         ]
 
     def _interrupt(self, request: Assignment) -> None:
         """Queue a request that was running, to go on from what its client has."""
         request.instance_id = None
-        request.is_interrupted = True
-        request.has_token = False
         if request.strikes >= MAX_STRIKES:
             self._doubtful[request.request_id] = request
         else:
@@ -333,6 +339,9 @@ class ClusterScheduler:
             if candidates:
                 del self._doubtful[request.request_id]
                 yield self._dispatch(request, candidates)
+            elif self._fits_nowhere(request):
+                del self._doubtful[request.request_id]
+                yield self._fail(request, FailReason.NO_INSTANCE)
         while (head := self._queue.head()) is not None:
             candidates = self._candidates(head)
             if candidates:
@@ -376,7 +385,6 @@ class ClusterScheduler:
         if self._affinity is not None:
             self._affinity.sent(keys, instance_id)
         request.instance_id = instance_id
-        request.has_token = False
         ledger = self._instances[instance_id]
         ledger.send(spec.request_id, request.rank, len(spec.prompt_token_ids))
         if request.strikes >= MAX_STRIKES:

@@ -1,9 +1,9 @@
 """Which requests instances die of: found by what they have in common, and kept out for a while.
 
 A request that was on an instance when it died is replayed at once with all others. One that was
-there again, and had not got on by a single token in between, is *doubtful*: if it was the only such
-one, it is to blame; else the doubtful ones are tried one at a time. So one request brings down two
-instances, three at most, and nobody is blamed for having been beside it.
+there again, and had not got on by a single token in between, is *doubtful*: if it was at more
+deaths than all others there, it is to blame; else the doubtful ones are tried one at a time. So one
+request brings down two instances, three at most, and nobody is blamed for having been beside it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ def culprit(strikes: Iterable[tuple[T, int]]) -> T | None:
     """Given the requests of an instance that died, and how often in a row each was at a death,
     return the one that is to blame; None if that cannot be told (yet).
     """
-    doubtful = [request for request, number in strikes if number >= MAX_STRIKES]
-    return doubtful[0] if len(doubtful) == 1 else None
+    blamed, most = None, MAX_STRIKES - 1
+    for request, number in strikes:
+        if number > most:
+            blamed, most = request, number
+        elif number == most:  # each that causes deaths in a row was at all of them
+            blamed = None
+    return blamed
 
 
 class Quarantine:

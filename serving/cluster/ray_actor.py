@@ -13,15 +13,16 @@ import socket
 import sys
 from typing import TYPE_CHECKING, NoReturn, cast
 
+import msgspec
+
 from serving.cluster.frames import frame
 from serving.cluster.ray_messages import COMMANDS, OUTPUT, Dial, Hello, decode_dial, encode
+from serving.cluster.tls_relay import relayed
 from serving.instance import be_instance, ignore_signals
 from serving.version import version
 
 if TYPE_CHECKING:
     from serving.instance import Build
-
-_CONNECT_S = 20.0
 
 
 class InstanceActor:
@@ -32,30 +33,33 @@ class InstanceActor:
         ignore_signals()
         try:
             where = decode_dial(dial)
-            _print_to(_called(where, OUTPUT))
+            output, commands = _called(where)
+            _print_to(output)
             # Ray sets it for its workers; how many threads to use is the engine's to say.
             os.environ.pop("OMP_NUM_THREADS", None)
-            connection = _called(where, COMMANDS)
             build = _named(where.build) if where.build else None
         except OSError:  # nobody is there any more: nobody is left to tell
             os._exit(1)
-        be_instance(connection, build)
+        be_instance(commands, build)
 
 
-def _called(dial: Dial, channel: str) -> socket.socket:
-    """Return a connection that has said whose it is. Raises OSError."""
-    connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(_CONNECT_S)
-    connection.connect(dial.path)
-    connection.settimeout(None)
+def _called(dial: Dial) -> tuple[socket.socket, socket.socket]:
+    """Return the connections for output and commands, which have said whose they are.
+
+    Raises OSError.
+    """
     hello = Hello(
-        name=dial.name,
-        secret=dial.secret,
-        channel=channel,
-        version=version(),
-        pid=os.getpid(),
+        name=dial.name, secret=dial.secret, channel="", version=version(), pid=os.getpid()
     )
-    connection.sendall(frame(encode(hello)))
+    if dial.tls is not None:
+        return relayed(dial, hello)
+    return _connected(dial.path, hello, OUTPUT), _connected(dial.path, hello, COMMANDS)
+
+
+def _connected(path: str, hello: Hello, channel: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    connection.sendall(frame(encode(msgspec.structs.replace(hello, channel=channel))))
     return connection
 
 

@@ -21,11 +21,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from serving.cluster import ray_messages
+from serving.cluster import ray_messages, room
 from serving.cluster.frames import FrameConnection
 from serving.cluster.placement import Placement
 from serving.cluster.process_session import end_session
 from serving.cluster.ray_actor import InstanceActor
+from serving.cluster.ray_address import (
+    CONNECT_LIMIT,
+    CONNECT_S,
+    REFUSED,
+    asks_for_a_token,
+    checked_address,
+)
 from serving.cluster.ray_messages import (
     CannotOpen,
     ControlReport,
@@ -37,6 +44,8 @@ from serving.cluster.ray_messages import (
     Remove,
 )
 from serving.cluster.session_folder import clear
+from serving.errors import UserError
+from serving.listener import is_loopback
 
 _NAMESPACE = "hocket"
 _LOOPBACK = "127.0.0.1"
@@ -47,7 +56,6 @@ _NEVER_FITS_S = 5.0  # for a node that fits to join a cluster
 _ROOM_S = 30.0  # for what holds the room to let go of it
 _WORKER_S = 120.0  # for Ray to start the process, where there is room
 _GOODBYE_S = 3.0  # for a cluster to take back what it lent
-_NUM_SHOWN = 4  # nodes in an error
 _MAX_WORDS_CHARS = 400
 _FOR_EVER = "604800"  # seconds: a week
 _ENVIRONMENT = {
@@ -68,8 +76,13 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -P -m serving.cluster.ray_backend")
-    parser.add_argument("--fd", type=int, required=True, help="of the socket to the API process")
-    api = socket.socket(fileno=parser.parse_args().fd)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--fd", type=int, help="of the socket to the API process")
+    kind.add_argument("--stranger-at", help="a cluster; exit with 3 if it asks for a token")
+    arguments = parser.parse_args()
+    if arguments.stranger_at is not None:
+        _be_a_stranger(arguments.stranger_at)
+    api = socket.socket(fileno=arguments.fd)
     api.set_inheritable(False)
     connection = FrameConnection(api)
     payloads = connection.payloads()
@@ -93,17 +106,6 @@ def _hear(payloads: Iterator[bytes], backend: _Backend) -> None:
     backend.leave()
 
 
-class _Unfit(Exception):
-    """The user can mend it; str() is the cause."""
-
-    def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(cause, remedy)
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
 class _Backend:
     """One session of Ray's, from its beginning to its end."""
 
@@ -119,8 +121,8 @@ class _Backend:
         """Be the session, on the main thread: the head's processes end with the one that forks."""
         try:
             head, opened = _own_session(self._order) if self._is_ours else _joined(self._order)
-        except _Unfit as error:
-            self._say(CannotOpen(cause=str(error), remedy=error.remedy))
+        except UserError as error:
+            self._say(CannotOpen(cause=error.cause, remedy=error.remedy))
             os._exit(1)
         except Exception as error:  # noqa: BLE001 (Ray raises whatever it likes)
             remedy = f"its logs may say why: {self._order.folder}/{self._order.name}/logs"
@@ -169,8 +171,8 @@ class _Backend:
         try:
             self._place_and_wait(order)
             ended = Ended(name=name, cause="its actor has ended")
-        except _Unfit as error:
-            ended = Ended(name=name, cause=str(error), remedy=error.remedy)
+        except UserError as error:
+            ended = Ended(name=name, cause=error.cause, remedy=error.remedy)
         except Exception as error:  # noqa: BLE001 (an actor's end is an error of one kind or other)
             ended = Ended(name=name, cause=f"Ray: {_line(error)}")
         self._say(ended)
@@ -187,7 +189,7 @@ class _Backend:
             # So that it outlives this process; its connection is its life.
             "lifetime": "detached",
             "max_restarts": 0,
-            **_demands(placement),
+            **room.options(placement),
         }
         if placement.num_devices > 1:
             options["scheduling_strategy"] = _reserved(order)
@@ -256,12 +258,58 @@ def _own_session(order: Open) -> tuple[Any, Opened]:
 
 def _joined(order: Open) -> tuple[None, Opened]:
     """Join a cluster that others keep, with the token that the user's environment names."""
-    raise NotImplementedError
+    assert order.address is not None
+    address = checked_address(order.address)
+    os.environ.setdefault(*CONNECT_LIMIT)
+    import ray
+    from ray._private import ray_constants
+
+    _check_version(ray.__version__)
+    if is_loopback(address.rpartition(":")[0]):  # else it is taken for this machine's address
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(address, namespace=_NAMESPACE, log_to_driver=False, configure_logging=False)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"the cluster at {address} refuses us: its token is another, or there is none here",
+            "name the cluster's token in RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token",
+        ) from error
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster at {address}: {_line(error)}", "see that its head is up"
+        ) from error
+    at = str(ray.get_runtime_context().gcs_address)
+    if not is_loopback(at.rpartition(":")[0]) and not asks_for_a_token(at):
+        raise UserError(
+            f"the cluster at {at} asks nobody for a token: who reaches it may run what they like",
+            "start every node of it with RAY_AUTH_MODE=token and the same token",
+        )
+    return None, Opened(
+        address=at,
+        logs=ray._private.worker._global_node.get_logs_dir_path(),
+        version=ray.__version__,
+        node_host=ray.util.get_node_ip_address(),
+        num_nodes=sum(node["Alive"] for node in ray.nodes()),
+    )
+
+
+def _be_a_stranger(address: str) -> NoReturn:
+    """Ask the cluster for its nodes without a token; exit with what came of it."""
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is of native code
+
+    try:
+        GcsClient(address=address).get_all_node_info(timeout=CONNECT_S)
+    except ray.exceptions.AuthenticationError:
+        os._exit(REFUSED)
+    except Exception as error:  # noqa: BLE001 (whatever it was, it was no refusal)
+        _print(f"whether the cluster asks for a token: {_line(error)}")
+    os._exit(1)
 
 
 def _check_version(version: str) -> None:
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_RAY:
-        raise _Unfit(
+        raise UserError(
             f"Ray {version} cannot keep strangers out",
             "install ray 2.52 or newer, which knows tokens",
         )
@@ -280,36 +328,41 @@ def _ended_of(head: Any) -> str | None:
 # --- room ---
 
 
-def _demands(placement: Placement) -> dict[str, Any]:
-    """Return what the actor itself asks of its node, as Ray's options."""
-    return {
-        "num_cpus": placement.num_cpus,
-        "num_gpus": placement.num_gpus,
-        "memory": placement.memory_bytes or None,
-        "resources": dict(placement.resources),
-        "label_selector": dict(placement.labels),
-    }
+def _nodes() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _resources(placement: Placement) -> dict[str, float]:
-    """Return what a bundle is made of, one for each device."""
-    asked = {
-        "CPU": placement.num_cpus,
-        "GPU": placement.num_gpus,
-        "memory": float(placement.memory_bytes),
-        **dict(placement.resources),
-    }
-    return {name: amount for name, amount in asked.items() if amount > 0}
+def _await_a_fit(placement: Placement, limit_s: float) -> None:
+    """Raise UserError if no node could ever hold it, even if it were empty."""
+    deadline_s = time.monotonic() + limit_s
+    while not room.fits(placement, _nodes()):
+        if time.monotonic() >= deadline_s:
+            raise _no_node(placement, "at all")
+        time.sleep(_HEAD_POLL_S)
+
+
+def _has_room(placement: Placement) -> bool:
+    """Whether a node has what it asks for now, so that room is not what it waits for."""
+    import ray
+
+    return room.fits(placement, _nodes(), ray._private.state.available_resources_per_node())
+
+
+def _no_node(placement: Placement, when: str) -> UserError:
+    return UserError(
+        room.lack(placement, _nodes(), when), "ask for less, end what holds it, or add a node"
+    )
 
 
 def _reserved(order: Place) -> Any:
     """Reserve room for all devices on one node; the actor has the first of the bundles."""
-    import ray
     from ray.util import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     placement = order.placement
-    bundles = [_resources(placement) for _ in range(placement.num_devices)]
+    bundles = [room.bundle(placement) for _ in range(placement.num_devices)]
     group = placement_group(
         bundles,
         strategy="STRICT_PACK",
@@ -320,66 +373,6 @@ def _reserved(order: Place) -> Any:
     if not group.wait(_ROOM_S):
         raise _no_node(placement, "free")
     return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-
-
-def _await_a_fit(placement: Placement, limit_s: float) -> None:
-    """Raise _Unfit if no node could ever hold it, even if it were empty."""
-    import ray
-
-    deadline_s = time.monotonic() + limit_s
-    while True:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        if any(_holds(node["Resources"], placement) and _is_labelled(node, placement) for node in nodes):
-            return
-        if time.monotonic() >= deadline_s:
-            raise _no_node(placement, "at all")
-        time.sleep(_HEAD_POLL_S)
-
-
-def _has_room(placement: Placement) -> bool:
-    """Whether a node has what it asks for now, so that room is not what it waits for."""
-    import ray
-
-    free = ray._private.state.available_resources_per_node()
-    return any(
-        _holds(free.get(node["NodeID"], {}), placement) and _is_labelled(node, placement)
-        for node in ray.nodes()
-    )
-
-
-def _holds(resources: dict[str, float], placement: Placement) -> bool:
-    num = placement.num_devices
-    return all(resources.get(name, 0.0) >= num * asked for name, asked in _resources(placement).items())
-
-
-def _is_labelled(node: dict[str, Any], placement: Placement) -> bool:
-    return all(node.get("Labels", {}).get(name) == value for name, value in placement.labels)
-
-
-def _no_node(placement: Placement, when: str) -> _Unfit:
-    import ray
-
-    asked = _words(_resources(placement), dict(placement.labels))
-    if placement.num_devices > 1:
-        asked = f"{placement.num_devices} times {asked}"
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    has = "; ".join(_words(node["Resources"], node.get("Labels", {})) for node in nodes[:_NUM_SHOWN])
-    more = f"; and {len(nodes) - _NUM_SHOWN} more" if len(nodes) > _NUM_SHOWN else ""
-    return _Unfit(
-        f"no node has {asked} {when}: the cluster has {has or 'no node'}{more}",
-        "ask for less, end what holds it, or add a node",
-    )
-
-
-def _words(resources: dict[str, float], labels: dict[str, str]) -> str:
-    """Return resources as people read them, without what Ray notes for itself."""
-    words = [
-        f"{amount / (1 << 30):.1f} GiB {name}" if "memory" in name else f"{amount:g} {name}"
-        for name, amount in sorted(resources.items())
-        if not name.startswith(("node:", "object_store"))
-    ]
-    words += [f"{name}={value}" for name, value in sorted(labels.items()) if "ray.io/" not in name]
-    return ", ".join(words) or "nothing"
 
 
 # --- words ---

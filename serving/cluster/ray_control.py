@@ -41,6 +41,7 @@ _OPEN_S = 120.0  # for Ray to start; on a slow machine with a cold disk it takes
 _END_S = 8.0  # for the process to take down what it started
 _LOST_S = 1.0  # for one that hung up, to end
 _POLL_S = 0.01
+_REMEDY = "see Ray's logs, and whether the node of the instance reaches this machine"
 
 
 class Placing:
@@ -98,7 +99,8 @@ class RayControl:
             return await asyncio.wait_for(self._opened, _OPEN_S)
         except TimeoutError:
             raise UserError(
-                f"Ray has not started within {_OPEN_S:g} s", "see what it printed above, and its logs"
+                f"Ray has not started within {_OPEN_S:g} s",
+                "see what it printed above, and its logs",
             ) from None
 
     def place(self, name: str, placement: Placement, dial: bytes) -> Placing:
@@ -161,7 +163,7 @@ class RayControl:
             case Ended(name=name, cause=cause, remedy=remedy):
                 placing = self._placings.pop(name, None)
                 if placing is not None:
-                    placing.end(UserError(cause, remedy or "see Ray's logs"))
+                    placing.end(UserError(cause, remedy or _REMEDY))
 
     def _on_closed(self) -> None:
         if self._burying is None:
@@ -182,11 +184,11 @@ class RayControl:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + grace_s
         # Not reaped before its session has ended: until then the number is nobody else's.
-        while self._child.is_running() and loop.time() < deadline_s:
+        while self._child.is_running() and loop.time() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
         if not await asyncio.to_thread(end_session, self._child.pid, kept):
             log.error("processes of Ray's do not end, although they were killed")
-        while not self._child.has_ended():
+        while not self._child.has_ended():  # noqa: ASYNC110 (a child has no event of its own)
             await asyncio.sleep(_POLL_S)
         for transport in self._transports:
             transport.close()

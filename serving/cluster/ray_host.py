@@ -11,6 +11,7 @@ import contextlib
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.messages import Begin
@@ -99,7 +100,7 @@ class RayHost:
         placing = self._placing = self._control.place(self.name, self._placement, dial)
         calls = asyncio.ensure_future(expected.all_calls())
         try:
-            waited = {placing.registered, placing.ended, calls}
+            waited: set[asyncio.Future[Any]] = {placing.registered, placing.ended, calls}
             await asyncio.wait(waited, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
             if not any(future.done() for future in waited):
                 self._control.discard()
@@ -131,7 +132,9 @@ class RayHost:
     def how_it_ended(self, last_words: str) -> str:
         if not self.has_ended():
             return "it does not end, although it was killed"
-        return f"its process ended; it last said: {last_words}" if last_words else "its process ended"
+        return (
+            f"its process ended; it last said: {last_words}" if last_words else "its process ended"
+        )
 
     def dump(self) -> None:
         if self._exit is not None:

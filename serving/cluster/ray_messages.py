@@ -52,6 +52,8 @@ class Opened(_Message, frozen=True, kw_only=True):
     address: str
     logs: str
     version: str
+    node_host: str = ""  # of this machine, as the cluster's other nodes reach it
+    num_nodes: int = 1
 
 
 class CannotOpen(_Message, frozen=True, kw_only=True):

@@ -7,14 +7,12 @@ go on, and the next start of one makes another.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ipaddress
 import itertools
-import logging
 import secrets
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.startup import Progress
@@ -27,9 +25,12 @@ from serving.cluster.ray_host import RayHost, Started
 from serving.cluster.ray_messages import Dial, Open, Opened
 from serving.cluster.reception import Reception
 from serving.cluster.session_folder import make_folder, remove
+from serving.cluster.tls_context import driver_context
 from serving.errors import UserError
+from serving.listener import is_loopback
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from serving.cluster.certificates import Authority
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class RaySession:
         self._opening: asyncio.Future[Opened] | None = None
         self._hosts: weakref.WeakSet[RayHost] = weakref.WeakSet()
         self._went_well = True
+        self._authority: Authority | None = None  # of the calls of a joined cluster
+        self._called_at = ("", 0)
 
     def begin(self) -> None:
         """Start the control process, so that Ray starts beside what else is slow."""
@@ -147,10 +150,36 @@ class RaySession:
             raise
 
     async def _open_both(self, control: RayControl) -> Opened:
+        """Raises UserError."""
+        opened = await control.open()
+        if self._reception.is_open:
+            return opened
         assert self._folder is not None
-        if not self._reception.is_open:
+        if self._address is None:
             await self._reception.open_local(self._folder / "data")
-        return await control.open()
+        else:
+            await self._open_remote(opened)
+        return opened
+
+    async def _open_remote(self, opened: Opened) -> None:
+        host = self._host
+        if is_loopback(host) and opened.num_nodes > 1:
+            raise UserError(
+                f"the cluster has {opened.num_nodes} nodes, and none but this one reaches {host}",
+                "give --host the address of this machine where the others reach it",
+            )
+        authority = await asyncio.to_thread(_new_authority)
+        context = driver_context(authority.for_driver())
+        try:
+            port = await self._reception.open_remote(host, context)
+        except OSError as error:
+            raise UserError(
+                f"cannot listen for instances at {host}: {error.strerror}",
+                "give --host an address of this machine",
+            ) from error
+        is_any = host in ("", "0.0.0.0", "::")  # noqa: S104 (only if it was asked for)
+        self._called_at = (opened.node_host if is_any else host, port)
+        self._authority = authority
 
     def _retire(self, control: RayControl) -> None:
         """Do without it; the next one is started when it is needed."""
@@ -162,8 +191,18 @@ class RaySession:
             self._control, self._opening = None, None
 
     def _dial(self, name: str, secret: str, build: str) -> Dial:
-        assert self._folder is not None
-        return Dial(name=name, secret=secret, path=str(self._folder / "data"), build=build)
+        if self._authority is None:
+            assert self._folder is not None
+            return Dial(name=name, secret=secret, path=str(self._folder / "data"), build=build)
+        host, port = self._called_at
+        tls = self._authority.for_instance()
+        return Dial(name=name, secret=secret, host=host, port=port, tls=tls, build=build)
 
     def _pids(self) -> list[int]:
         return [host.local_pid for host in self._hosts if host.local_pid is not None]
+
+
+def _new_authority() -> Authority:
+    from serving.cluster.certificates import Authority  # its library is slow to import
+
+    return Authority()

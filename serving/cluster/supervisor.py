@@ -118,7 +118,7 @@ class Supervisor:
         assert self.handle is not None
         instance_id = self.handle.instance_id
         while True:
-            if self._driver.draining:  # there is no work for it any more
+            if self._driver.draining and not self._driver.num_queued:  # there is no work for it
                 await asyncio.Event().wait()
             log.warning("instance %s starts again in %g s", instance_id, self._delay_s)
             self._driver.expect_up(self._clock() + self._delay_s + self._start_took_s)

@@ -31,6 +31,7 @@ class Started:
 
     @property
     def control_pid(self) -> int:
+        assert self.session._control is not None
         return self.session._control._child.pid
 
     def pids(self) -> dict[int, str]:
