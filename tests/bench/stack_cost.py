@@ -74,9 +74,11 @@ class Connections:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         self._free = [each for each in self._free if not each[0].at_eof()]
-        if not self._free:
-            self._free.append(await asyncio.open_connection(self._host, self._port))
-        reader, writer = connection = self._free.pop()
+        if self._free:
+            connection = self._free.pop()
+        else:
+            connection = await asyncio.open_connection(self._host, self._port)
+        reader, writer = connection
         start_s = time.perf_counter()
         writer.write(head.encode() + body)
         times: list[float] = []
