@@ -121,6 +121,7 @@ def _model_revision(config: EngineConfig, ready: Ready) -> str:
 
 def _build_fake(config: EngineConfig) -> tuple[Executor, Ready]:
     num_bytes = config.kv_memory_bytes or _FAKE_KV_BYTES
+    step_s = config.fake_step_s
     geometry = KVGeometry(
         block_size=BLOCK_SIZE,
         num_blocks=num_bytes // _FAKE_BLOCK_BYTES,
@@ -133,7 +134,7 @@ def _build_fake(config: EngineConfig) -> tuple[Executor, Ready]:
         max_num_rows=config.max_num_running,
         max_model_len=max_model_len,
         vocab_size=config.fake_vocab_size,
-        cost=FAKE_COST,
+        cost=FAKE_COST if step_s is None else LinearStepCost(fixed_s=step_s),
     )
     ready = Ready(config.model_name, "checksum", "none", max_model_len, geometry)
     return executor, ready

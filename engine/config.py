@@ -28,3 +28,4 @@ class EngineConfig:
     batch_invariant: bool = False
     decision_log: Path | None = None
     fake_vocab_size: int = 96
+    fake_step_s: float | None = None  # of each step, whatever is in it; None: by a cost table

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from serving.config import ServeFlags
 from serving.errors import UserError
+
+if TYPE_CHECKING:
+    from serving.operate.verbs import Operator
 
 _STARTED_AT_S = time.perf_counter()
 
@@ -78,6 +81,80 @@ def replay(file: Path, /) -> None:
     from serving.replay import report
 
     sys.exit(0 if report(file) else 1)
+
+
+_Admin = Annotated[str, Parameter(env_var="HOCKET_ADMIN_URL")]
+_ADMIN = "http://127.0.0.1:8001"
+
+
+def _operator(admin: str, *, wait: bool = True) -> Operator:
+    import os
+
+    from serving.operate.client import ADMIN_KEY, AdminClient
+    from serving.operate.verbs import Operator
+
+    client = AdminClient(admin, os.environ.get(ADMIN_KEY))
+    return Operator(client, lambda line: print(line, flush=True), waits=wait)  # noqa: T201
+
+
+@app.command
+def status(*, admin: _Admin = _ADMIN, json: bool = False) -> None:
+    """Show the instances of a server, their load and what waits.
+
+    Parameters
+    ----------
+    admin
+        The admin port of the server; its key, if it wants one, is taken from HOCKET_ADMIN_KEY.
+    json
+        All that is known, for programs.
+    """
+    _operator(admin).status(as_json=json)
+
+
+@app.command
+def scale(instances: int, /, *, admin: _Admin = _ADMIN, wait: bool = True) -> None:
+    """Have another number of instances: new ones start, or the highest numbers drain and end.
+
+    Parameters
+    ----------
+    instances
+        How many there shall be; typed again meanwhile, the last number counts.
+    admin
+        As for `hocket status`.
+    wait
+        Show how far it is until it is done. Ctrl-C ends the watching, not the work.
+    """
+    _operator(admin, wait=wait).scale(instances)
+
+
+@app.command
+def restart(*, admin: _Admin = _ADMIN, wait: bool = True) -> None:
+    """Renew all instances, one after the other, while the others serve.
+
+    Parameters
+    ----------
+    admin
+        As for `hocket status`.
+    wait
+        As for `hocket scale`.
+    """
+    _operator(admin, wait=wait).restart()
+
+
+@app.command
+def drain(instance: str | None = None, /, *, admin: _Admin = _ADMIN, wait: bool = True) -> None:
+    """Let one instance run empty, or the whole server, which then refuses new requests.
+
+    Parameters
+    ----------
+    instance
+        A name that `hocket status` shows; it gets no requests until it is restarted.
+    admin
+        As for `hocket status`.
+    wait
+        As for `hocket scale`.
+    """
+    _operator(admin, wait=wait).drain(instance)
 
 
 bench = App(name="bench", help="Measure this machine; reports, never a verdict.")

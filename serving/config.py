@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from engine.config import EngineConfig
 from serving.admission import AdmissionLimits
+from serving.cluster.placement import Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,22 @@ class ServeFlags:
         again, and its requests fail.
     fake
         Serve the checksum executor instead of a model: no torch, step times from a cost table.
+    fake_step
+        Seconds that each step takes with --fake, whatever is in it, instead of the cost table.
+    instances
+        Copies of the model, each in a process of its own that Ray starts and watches. One alone
+        needs no Ray. On one machine they share its cores and the memory for keys and values.
+    cluster
+        YAML file of instances that differ, and of what each asks of its node: docs/cluster.md.
+    ray_address
+        A Ray cluster to run the instances in; by default a session of this server's own.
+    dispatch
+        Which instance gets a request: freeness goes by load and free KV memory, least_loaded by
+        load, power_of_two by the load of two drawn ones, round_robin by turns.
+    prefix_affinity
+        Prefer an instance that has computed the beginning of a prompt already.
+    continuation_timeout
+        Seconds that a request waits for an instance to go on, when the one that ran it was lost.
     decision_log
         File for every decision of the scheduler; `hocket replay FILE` makes them again. It holds
         the prompts as token ids, and only its owner may read it.
@@ -113,6 +131,13 @@ class ServeFlags:
     slow_client_timeout: float = 30.0
     watchdog_timeout: float = 30.0
     fake: bool = False
+    fake_step: float | None = None
+    instances: int = 1
+    cluster: Path | None = None
+    ray_address: str | None = None
+    dispatch: str = "freeness"
+    prefix_affinity: bool = True
+    continuation_timeout: float = 30.0
     decision_log: Path | None = None
     log_json: bool = False
     log_level: Literal["debug", "info", "warning"] = "info"
@@ -122,19 +147,38 @@ class ServeFlags:
     allowed_hosts: tuple[str, ...] = ()
     insecure: bool = False
 
+    @property
+    def uses_ray(self) -> bool:
+        """Whether instances are Ray actors; one that nobody said more of is a child process."""
+        return self.instances > 1 or self.cluster is not None or self.ray_address is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceSpec:
+    """What one instance is, and what it asks of its node."""
+
+    engine: EngineConfig
+    placement: Placement = field(default_factory=Placement)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """Safe by default: loopback only, small bodies, a bounded queue."""
 
-    engine: EngineConfig
+    engine: EngineConfig  # of the first instance
+    instances: tuple[InstanceSpec, ...] = ()  # at the start; none: one of `engine`
+    ray_address: str | None = None
+    dispatch: str = "freeness"
+    prefix_affinity: bool = True
+    continuation_timeout_s: float = 30.0
     host: str = "127.0.0.1"
     port: int = 8000
     drain_timeout_s: float = 30.0
     watchdog_timeout_s: float = 30.0
     sse_keep_alive_s: float = 15.0
     slow_client_timeout_s: float = 30.0
-    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)  # as it starts
+    max_num_streams: int | None = None  # None: by what may run and queue
     max_body_bytes: int = 1 << 20
     max_total_body_bytes: int = 128 << 20  # of those that are not complete
     max_num_choices: int = 8  # n
@@ -154,9 +198,25 @@ class ServeConfig:
         return max(0.02, min(1.0, *(seconds / 3 for seconds in limits)))
 
     @property
-    def max_requests(self) -> int:
-        """Requests that one instance takes at a time, running and waiting."""
-        return self.engine.max_num_running + self.engine.max_num_waiting
+    def num_instances(self) -> int:
+        """How many there are at the start."""
+        return max(1, len(self.instances))
+
+    def instance(self, number: int) -> InstanceSpec:
+        """Return what the instance of this number is: beyond those at the start, as the last."""
+        if not self.instances:
+            return InstanceSpec(engine=self.engine)
+        return self.instances[min(number, len(self.instances) - 1)]
+
+    def admission_of(self, numbers: Iterable[int]) -> AdmissionLimits:
+        """Return the bounds of a server with these instances."""
+        max_num_running = sum(self.instance(n).engine.max_num_running for n in numbers)
+        max_num_requests = max_num_running + self.admission.max_num_waiting
+        return replace(
+            self.admission,
+            max_num_running=max_num_running,
+            max_num_streams=self.max_num_streams or 2 * max_num_requests,
+        )
 
 
 def parse_bytes(text: str) -> int:

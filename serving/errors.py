@@ -9,6 +9,7 @@ Exception
     |-- HostNotAllowed   403  called by a name that may be an attacker's
     |-- NotFound         404  no such model
     |-- RequestTimedOut  408  the body did not come
+    |-- Conflict         409  not now, or not on this server: what operators are told, with a remedy
     |-- BodyTooLarge     413
     |-- UnsupportedMedia 415  not JSON, or compressed
     |-- HeadersTooLarge  431
@@ -130,6 +131,21 @@ class RequestTimedOut(RequestError):
     status = 408
     type = "invalid_request_error"
     default_code = "request_timeout"
+
+
+class Conflict(RequestError):
+    """The fleet cannot be changed so; only the admin plane says this."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "change_under_way"
+
+    def __init__(self, message: str, remedy: str, *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.remedy = remedy
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return {"error": super().body()["error"] | {"remedy": self.remedy}}
 
 
 class UnsupportedMedia(RequestError):

@@ -1,4 +1,4 @@
-"""The program of one model instance: `python -P -m serving.instance --fd N`.
+"""The program of one model instance: `python -P -m serving.instance --fd N`, or in a Ray actor.
 
 Its first frame says what to build; it answers how the start goes, then Ready or CannotStart, then a
 frame for each step. The connection is its life: when the other end closes, it ends at once,
@@ -45,15 +45,23 @@ _MIN_ADVANCE_S = 0.05  # between reports of how far a phase is: nobody reads the
 
 
 def main(build: Build | None = None) -> NoReturn:
-    """Be an instance until told to stop. Never returns: what is left to tear down is the kernel's.
-
-    An interpreter that ends in order waits for threads, and a device that hangs would hold it up.
-    """
-    _outlive_signals_but_not_the_parent()
-    _show_no_messages_of_exceptions()
+    """Be the instance of the parent process, until told to stop."""
+    ignore_signals()
+    _end_with_the_parent()
     parser = argparse.ArgumentParser(prog="python -P -m serving.instance")
     parser.add_argument("--fd", type=int, required=True, help="of the socket to the driver")
-    driver = socket.socket(fileno=parser.parse_args().fd)
+    be_instance(socket.socket(fileno=parser.parse_args().fd), build)
+
+
+def be_instance(driver: socket.socket, build: Build | None = None) -> NoReturn:
+    """Be an instance, in a process that is for nothing else and ignores signals; on any thread.
+
+    Never returns: what is left to tear down is the kernel's. An interpreter that ends in order
+    waits for threads, and a device that hangs would hold it up.
+    """
+    _show_no_messages_of_exceptions()
+    faulthandler.enable()  # a crash in native code says where
+    faulthandler.register(DUMP_SIGNAL, all_threads=True)
     driver.set_inheritable(False)  # what a library may start must not keep it open after us
     status = run(FrameConnection(driver), build)
     sys.stdout.flush()
@@ -142,17 +150,19 @@ def _say(what: str, error: BaseException | None) -> None:
     print(f"{what}: {where}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _outlive_signals_but_not_the_parent() -> None:
-    """Ctrl-C, and SIGTERM to a whole group, reach this process too: the driver decides.
-
-    A driver that is killed cannot say goodbye, and a loop that is stuck with the interpreter's lock
-    does not see its connection end: the kernel ends this process with the thread that started it.
-    """
+def ignore_signals() -> None:
+    """Ctrl-C, and SIGTERM to a whole group, reach this process too: the driver decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_with_the_parent() -> None:
+    """Have the kernel end this process with the thread that started it.
+
+    A driver that is killed cannot say goodbye, and a loop that is stuck with the interpreter's lock
+    does not see its connection end.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    faulthandler.enable()  # a crash in native code says where
-    faulthandler.register(DUMP_SIGNAL, all_threads=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import socket
 from serving.errors import UserError
 
 ADMIN_HOST = "127.0.0.1"  # operators come from this machine, or through a tunnel to it
+DEFAULT_ADMIN_PORT = 8001  # where `hocket status` and the like look; none is opened by default
 
 
 def is_loopback(host: str) -> bool:

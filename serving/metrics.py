@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from engine.messages import Ready
 from scheduler.load import InstanceView
@@ -21,6 +20,7 @@ from serving.telemetry.page import CONTENT_TYPE as CONTENT_TYPE
 from serving.telemetry.page import Page
 from serving.telemetry.store import MetricStore
 from serving.telemetry.table import REJECTED, TABLE, Endpoint
+from serving.version import version
 
 _MAX_UNKNOWN_FIELDS = 50
 _OTHER = "other"
@@ -63,14 +63,12 @@ class Metrics:
         self._page = Page(TABLE, store, model_name)
         self._views: dict[InstanceId, InstanceView] = {}
         self._unknown_fields: set[str] = set()
+        self._num_queued = 0  # at the router
         self._num_iteration_tokens = 0  # since the last report
-        # Written for every event.
-        self._queued = store.number("requests_waiting", ROUTER)
-        self._queued_for_capacity = store.number("requests_waiting_by_reason", ROUTER, "capacity")
         # Written for every token.
         self._generation_tokens = store.number("generation_tokens")
         self._itl = store.histogram("inter_token_latency_seconds")
-        store.number("build_info", _version(), platform.python_version()).set(1)
+        store.number("build_info", version(), platform.python_version()).set(1)
 
     # --- the pages ---
 
@@ -155,8 +153,11 @@ class Metrics:
 
     def queued(self, num_requests: int) -> None:
         """So many requests wait that no instance has."""
-        self._queued.set(num_requests)
-        self._queued_for_capacity.set(num_requests)
+        if num_requests != self._num_queued:
+            self._num_queued = num_requests
+            store = self._store
+            store.number("requests_waiting", ROUTER).set(num_requests)
+            store.number("requests_waiting_by_reason", ROUTER, "capacity").set(num_requests)
 
     def dispatched(self, instance_id: InstanceId, *, is_replay: bool) -> None:
         """A request was handed to an instance; a replay, after it had been handed to another."""
@@ -289,13 +290,3 @@ class Metrics:
             self._store.number("kv_blocks", instance_id, state).set(num_blocks)
         scattered = 1 - kv.longest_free_run_blocks / num_unclaimed if num_unclaimed > 0 else 0.0
         self._store.number("kv_fragmentation_ratio", instance_id).set(scattered)
-
-
-@cache
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("hocket")
-    except PackageNotFoundError:  # run from a folder of sources
-        return "unknown"

@@ -1,18 +1,15 @@
-"""Runs one server from start to drained end: ports, model, instance, signals."""
+"""Runs one server from start to drained end: ports, model, instances, signals."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
-import itertools
 import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 
-from engine.config import EngineConfig
 from engine.messages import Ready
 from engine.startup import Progress
 from scheduler.cluster.scheduler import ClusterScheduler
@@ -24,11 +21,10 @@ from serving.api.admin import create_admin_app
 from serving.api.app import create_app
 from serving.api.service import Service
 from serving.api.watch import Watch
-from serving.cluster.child import Child
+from serving.cluster.backend import Backend
 from serving.cluster.driver import ClusterDriver
-from serving.cluster.handle import InstanceHandle
-from serving.cluster.process import ProcessHandle
-from serving.cluster.supervisor import Supervisor
+from serving.cluster.fleet import Fleet
+from serving.cluster.members import Members
 from serving.config import ServeConfig
 from serving.connections import set_options
 from serving.errors import RequestError
@@ -50,11 +46,11 @@ async def serve(
     config: ServeConfig,
     api: Port,
     admin: Port | None,
-    child: Child,
+    backend: Backend,
     progress: Progress,
-    on_ready: Callable[[Service], None],
+    on_ready: Callable[[Service, Mapping[InstanceId, Ready]], None],
 ) -> bool:
-    """Serve until a signal, by `child` while it lives. True if all that was accepted ended well.
+    """Serve until a signal. True if all that was accepted ended well.
 
     Raises UserError when the model cannot be served.
     """
@@ -63,7 +59,12 @@ async def serve(
     admission = Admission(config.admission)
     driver = ClusterDriver(
         ClusterScheduler(
-            ClusterConfig(max_num_waiting=config.engine.max_num_waiting),
+            ClusterConfig(
+                dispatch=config.dispatch,
+                prefix_affinity=config.prefix_affinity,
+                max_num_waiting=config.admission.max_num_waiting,
+                continuation_timeout_s=config.continuation_timeout_s,
+            ),
             rank=rank_policy(config.engine.policy),
         ),
         codec,
@@ -72,18 +73,18 @@ async def serve(
     )
     template = chat_template(codec)
 
-    def make_handle(incarnation: int) -> InstanceHandle:
-        is_first = incarnation == 1
-        return ProcessHandle(
-            InstanceId("instance-0"),
-            config.engine if is_first else _with_new_log(config.engine),
-            watchdog_timeout_s=config.watchdog_timeout_s,
-            child=child if is_first else None,
-            progress=progress if is_first else None,
-        )
+    def bound(numbers: Sequence[int]) -> None:
+        admission.limits = config.admission_of(numbers)
 
-    supervisor = Supervisor(driver, make_handle)
-    starting = asyncio.ensure_future(supervisor.start())
+    fleet = Fleet(
+        driver,
+        Members(driver, backend.handle, drain_timeout_s=config.drain_timeout_s),
+        config.num_instances,
+        max_num_instances=backend.max_num_instances,
+        on_numbers=bound,
+        progress=progress,
+    )
+    starting = asyncio.ensure_future(_start(backend, fleet))
     set_options(api.listener, config.slow_client_timeout_s)
     api_server = HttpServer(api)
     admin_server = None if admin is None else HttpServer(admin, FewConnections)
@@ -116,20 +117,27 @@ async def serve(
             api_server.entrance.open(create_app(service, api.rules))
             stores = [api.rules.keys]
             if admin is not None and admin_server is not None:
-                admin_server.entrance.open(create_admin_app(service, admin.rules))
+                app = create_admin_app(service, fleet, admin.rules, backend.facts())
+                admin_server.entrance.open(app)
                 stores.append(admin.rules.keys)
             await stack.enter_async_context(watched(*stores))
             gc.collect()
             gc.freeze()  # what exists now stays: walking it again would stop all streams
-            on_ready(service)
+            on_ready(service, fleet.readies())
             return await ending.clean
     finally:
         for task in (starting, *watchers):
             task.cancel()
         await warming
-        await supervisor.stop()
+        await fleet.stop()
         await driver.stop()
+        await backend.stop()
         ending.disobey_signals()
+
+
+async def _start(backend: Backend, fleet: Fleet) -> Ready:
+    await backend.start()
+    return await fleet.start()
 
 
 class _Ending:
@@ -191,15 +199,6 @@ async def _warm(template: ChatTemplate | None, codec: TextCodec) -> None:
             await asyncio.to_thread(codec.prepare)
     except RequestError as error:
         log.warning("chats cannot be served: %s", error.message)
-
-
-def _with_new_log(config: EngineConfig) -> EngineConfig:
-    """Return the settings of a later incarnation: the log of the one that was lost is kept."""
-    path = config.decision_log
-    if path is None:
-        return config
-    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
-    return replace(config, decision_log=next(name for name in names if not name.exists()))
 
 
 def _codec(config: ServeConfig) -> TextCodec:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
+from engine.messages import Ready
 from engine.startup import StartupTimes
+from scheduler.types import InstanceId
 from serving.admission import AdmissionLimits
 from serving.cluster.child import Child
+from serving.cluster_file import ClusterFile
 from serving.config import ServeConfig, ServeFlags, parse_bytes
 from serving.errors import UserError
+from serving.instances import check_cluster_flags, instance_specs, read_cluster
 from serving.listener import ADMIN_HOST, bind
 from serving.logs import configure
 from serving.ports import Port, admin_rules, api_rules
 from serving.progress import LoggedProgress, Progress, TerminalProgress
+
+if TYPE_CHECKING:
+    from serving.cluster.ray_session import RaySession
 
 FAKE_MODEL_NAME = "fake"
 _SHARE_OF_SEVERAL = 0.5
@@ -35,14 +46,17 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
     configure(as_json=flags.log_json, level=flags.log_level)
     rules = api_rules(flags, os.environ)
     for_operators = admin_rules(flags, os.environ, rules)
-    # The process of the model has the longer way to go: it sets out first, and imports what it
-    # needs while this one looks for the model and imports what serves HTTP.
+    cluster, model = read_cluster(flags, model)
     shown = LoggedProgress() if flags.log_json else TerminalProgress()
-    with Child() as child, shown as progress:
+    api, admin = Port(bind(flags.host, flags.port), rules), None
+    if flags.admin_port is not None:
+        admin = Port(bind(ADMIN_HOST, flags.admin_port), for_operators)
+    # What instances run in has the longer way to go: it sets out first, and imports what it needs
+    # while this process looks for the model and imports what serves HTTP.
+    begun: AbstractContextManager[Child | RaySession]
+    begun = _ray_session(flags) if flags.uses_ray else Child()
+    with begun as origin, shown as progress:
         times = StartupTimes(progress)
-        api, admin = Port(bind(flags.host, flags.port), rules), None
-        if flags.admin_port is not None:
-            admin = Port(bind(ADMIN_HOST, flags.admin_port), for_operators)
         name, folder = FAKE_MODEL_NAME, None
         if not flags.fake:
             with times.phase("model", "finding the model"):
@@ -54,32 +68,51 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
                 folder,
                 port=api.listener.getsockname()[1],
                 num_tenants=1 if rules.keys is None else rules.keys.keys.num_tenants,
+                cluster=cluster,
             ),
             admin_port=None if admin is None else admin.listener.getsockname()[1],
             num_keys=0 if rules.keys is None else len(rules.keys.keys.entries),
         )
-        child.begin(config.engine)
+        if isinstance(origin, Child):
+            origin.begin(config.engine)
         with times.phase("server", "importing"):
             from serving.api.service import Service
+            from serving.cluster.backend import backend_of
             from serving.http_connection import check_file_limit
             from serving.ready import ready_block
             from serving.server import serve
         check_file_limit(config.admission.max_num_streams)
+        backend = backend_of(config, origin, progress)
 
-        def on_ready(service: Service) -> None:
+        def on_ready(service: Service, readies: Mapping[InstanceId, Ready]) -> None:
             seconds = service.ready.startup_s | times.seconds
             seconds["total"] = time.perf_counter() - started_at_s
             service.metrics.started_up(seconds)
             progress.close()
-            print(ready_block(config, service.ready, seconds), flush=True)  # noqa: T201
+            print(ready_block(config, readies, seconds, backend.facts()), flush=True)  # noqa: T201
 
-        clean = asyncio.run(serve(config, api, admin, child, progress, on_ready))
+        clean = asyncio.run(serve(config, api, admin, backend, progress, on_ready))
     if not clean:
         sys.exit(1)
 
 
+@contextlib.contextmanager
+def _ray_session(flags: ServeFlags) -> Iterator[RaySession]:
+    """Begin a session; who serves by it ends it, unless it does not come to that."""
+    from serving.cluster.ray_session import RaySession
+
+    session = RaySession(flags.ray_address, host=flags.host)
+    session.begin()
+    try:
+        yield session
+    except BaseException:
+        asyncio.run(session.stop())
+        raise
+
+
 def check_flags(flags: ServeFlags) -> None:
     """Raise UserError for values that cannot work, before anything slow happens."""
+    check_cluster_flags(flags)
     for name in (
         *("max_num_running", "max_num_batched_tokens", "max_model_len", "threads"),
         *("max_num_waiting_tokens", "max_num_streams"),
@@ -123,31 +156,45 @@ def _check_patience(flags: ServeFlags) -> None:
 
 
 def make_config(
-    flags: ServeFlags, name: str, folder: Path | None, *, port: int, num_tenants: int = 1
+    flags: ServeFlags,
+    name: str,
+    folder: Path | None,
+    *,
+    port: int,
+    num_tenants: int = 1,
+    cluster: ClusterFile | None = None,
 ) -> ServeConfig:
-    """Return what the flags mean. Raises UserError for a size that cannot be read."""
+    """Return what the flags and the cluster file mean. Raises UserError, as for a strange size."""
     try:
         kv_memory_bytes = None if flags.kv_memory is None else parse_bytes(flags.kv_memory)
     except ValueError as error:
         raise UserError(f"--kv-memory: {error}", "write a number and a unit") from error
-    return ServeConfig(
-        engine=EngineConfig(
-            model_name=flags.served_model_name or name,
-            model_folder=folder,
-            dtype=flags.dtype,
-            device=flags.device,
-            num_threads=flags.threads,
-            kv_memory_bytes=kv_memory_bytes,
-            max_model_len=flags.max_model_len,
-            max_num_batched_tokens=flags.max_num_batched_tokens,
-            max_num_running=flags.max_num_running,
-            max_num_waiting=flags.max_num_waiting,
-            depth=flags.depth,
-            policy=flags.scheduling_policy,
-            prefix_caching=flags.prefix_caching,
-            batch_invariant=flags.batch_invariant,
-            decision_log=flags.decision_log,
-        ),
+    engine = EngineConfig(
+        model_name=flags.served_model_name or name,
+        model_folder=folder,
+        dtype=flags.dtype,
+        device=flags.device,
+        num_threads=flags.threads,
+        kv_memory_bytes=kv_memory_bytes,
+        max_model_len=flags.max_model_len,
+        max_num_batched_tokens=flags.max_num_batched_tokens,
+        max_num_running=flags.max_num_running,
+        max_num_waiting=flags.max_num_waiting,
+        depth=flags.depth,
+        policy=flags.scheduling_policy,
+        prefix_caching=flags.prefix_caching,
+        batch_invariant=flags.batch_invariant,
+        decision_log=flags.decision_log,
+        fake_step_s=flags.fake_step,
+    )
+    instances = instance_specs(flags, cluster, engine)
+    config = ServeConfig(
+        engine=instances[0].engine,
+        instances=instances,
+        ray_address=flags.ray_address,
+        dispatch=flags.dispatch,
+        prefix_affinity=flags.prefix_affinity,
+        continuation_timeout_s=flags.continuation_timeout,
         host=flags.host,
         port=port,
         drain_timeout_s=flags.drain_timeout,
@@ -155,19 +202,19 @@ def make_config(
         sse_keep_alive_s=flags.sse_keep_alive,
         slow_client_timeout_s=flags.slow_client_timeout,
         admission=_admission_limits(flags, num_tenants),
+        max_num_streams=flags.max_num_streams,
     )
+    return replace(config, admission=config.admission_of(range(config.num_instances)))
 
 
 def _admission_limits(flags: ServeFlags, num_tenants: int) -> AdmissionLimits:
+    """Return the bounds that do not depend on the number of instances."""
     share = flags.tenant_share
     if share is None:  # whoever is not alone leaves room for others
         share = 1.0 if num_tenants == 1 else _SHARE_OF_SEVERAL
-    max_num_requests = flags.max_num_running + flags.max_num_waiting
     return AdmissionLimits(
-        max_num_running=flags.max_num_running,
         max_num_waiting=flags.max_num_waiting,
         max_num_waiting_tokens=flags.max_num_waiting_tokens,
-        max_num_streams=flags.max_num_streams or 2 * max_num_requests,
         max_queue_age_s=flags.max_queue_age or math.inf,
         tenant_share=share,
     )

@@ -1,6 +1,7 @@
-"""A child process that is an instance: started, watched by its exit status, ended. No event loop.
+"""A child process that speaks over a socket: started, watched by its exit status, ended.
 
-Owns the process, its end of the socket, and the pipe with what it prints.
+Owns the process, its end of the socket, and the pipe with what it prints. Mostly it is an instance.
+It knows no event loop.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ class Child:
     Make it on the thread that lives longest: the kernel kills it when that thread ends.
     """
 
-    def __init__(self, program: Sequence[str] = PROGRAM) -> None:
-        """Start the process. Raises OSError."""
+    def __init__(self, program: Sequence[str] = PROGRAM, *, own_session: bool = False) -> None:
+        """Start the process; with a session of the kernel's to itself, the terminal's signals do
+        not reach it. Raises OSError.
+        """
         self.connection, theirs = socket.socketpair()
         try:
             # -P, and the same in the environment for what it starts: a folder named `engine`
@@ -43,6 +46,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
                 env=_environment(),
+                start_new_session=own_session,
             )
         except OSError:
             self.connection.close()
@@ -64,6 +68,16 @@ class Child:
         """Say what to build; once, before an event loop takes the connection."""
         with contextlib.suppress(ConnectionError):  # it has ended: whoever reads will see it
             self.connection.sendall(frame(wire.encode(Begin(config))))
+
+    def is_running(self) -> bool:
+        """Whether it has not ended yet; if it has, its number stays its own all the same."""
+        if self._process.returncode is not None:
+            return False
+        try:
+            state = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._process.pid, state) is None
+        except ChildProcessError:
+            return False
 
     def has_ended(self) -> bool:
         """Whether it is gone; if so, nothing of it is left in the process table."""

@@ -2,7 +2,7 @@
 
 End of file is its death, and so is the kernel's word that the process is gone, garbage, unread
 commands and work owed without a step. Whatever the way, the process is gone before `Failed` is
-reported, and nothing follows.
+reported, and nothing follows. Where the process runs, and how it is reached, is its host's.
 """
 
 from __future__ import annotations
@@ -10,16 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
 import msgspec
 
-from engine.config import EngineConfig
 from engine.faults import cause_of, detail_of
 from engine.messages import (
     CannotStart,
@@ -40,9 +37,9 @@ from engine.messages import (
 from engine.startup import Progress
 from scheduler.types import InstanceId
 from serving.cluster import wire
-from serving.cluster.child import PROGRAM, Child
 from serving.cluster.frames import FrameDecoder, FrameError, frame
 from serving.cluster.handle import ended_while_starting, one_line
+from serving.cluster.host import Host
 from serving.cluster.output import OutputRelay
 from serving.cluster.watchdog import Watchdog
 from serving.errors import UserError
@@ -59,62 +56,54 @@ _DUMP_S = 0.2  # for a stuck process to write where it is
 _OUTPUT_GRACE_S = 0.2  # for its last words
 _EOF_GRACE_S = 0.1  # from its exit to the end of what it sent, all of which is there
 _POLL_S = 0.005
-_DUMP_SIGNAL = signal.SIGUSR2  # `serving.instance` obeys it
 
 
 class ProcessHandle:
-    """See `serving.cluster.handle`. Belongs to the event loop, whose thread must outlive it."""
+    """See `serving.cluster.handle`. Belongs to the event loop."""
 
-    def __init__(  # noqa: PLR0913 (all but the first two have a value that serves)
+    def __init__(
         self,
         instance_id: InstanceId,
-        config: EngineConfig,
+        host: Host,
         *,
         watchdog_timeout_s: float = 30.0,
         startup_timeout_s: float = 600.0,
-        child: Child | None = None,
-        program: Sequence[str] = PROGRAM,
         progress: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`child` is a process that was started, and told to begin, before there was a loop."""
         self.instance_id = instance_id
-        self._config = config
+        self._host = host
         self._startup_timeout_s = startup_timeout_s
-        self._child = child
-        self._program = program
         self._progress = progress or NoProgress()
         self._clock = clock
         self._watchdog = Watchdog(watchdog_timeout_s)
         self._decoder = FrameDecoder()
         self._output = OutputRelay(instance_id)
-        self._transports: list[asyncio.BaseTransport] = []
         self._commands: asyncio.WriteTransport | None = None  # while they are taken
         self._on_report: Callable[[Report], None] = lambda _: None
+        self._opening: asyncio.Task[asyncio.WriteTransport] | None = None
         self._started: asyncio.Future[Ready] | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._pidfd: int | None = None
         self._heard_at_s = 0.0
         self._ending: asyncio.Task[None] | None = None  # when this is set, all is over
 
     @property
     def pid(self) -> int | None:
         """Of its process, once there is one."""
-        return None if self._child is None else self._child.pid
+        return self._host.pid
 
     async def start(self, on_report: Callable[[Report], None]) -> Ready:
         loop = asyncio.get_running_loop()
         self._on_report = on_report
-        self._heard_at_s = self._clock()
         self._started = loop.create_future()
-        child = self._child = self._child or self._begun()
-        pipe, _ = await loop.connect_read_pipe(lambda: self._output, child.output)
-        self._transports.append(pipe)
-        connection, _ = await loop.create_unix_connection(
-            lambda: _Received(self._on_data, self._on_closed), sock=child.connection
-        )
-        self._transports.append(connection)
-        self._watch_exit(child)
+        received = _Received(self._on_data, self._on_closed)
+        self._opening = loop.create_task(self._host.open(received, self._output, self._on_exit))
+        try:
+            connection = await self._opening
+        except UserError:
+            self._host.close()
+            raise
+        self._heard_at_s = self._clock()
         self._watching = loop.create_task(self._watch(self._started))
         ready = await self._started
         if self._ending is None:
@@ -132,12 +121,13 @@ class ProcessHandle:
             self._end(_End(f"it left {num_unread_bytes:,} bytes of commands unread"))
 
     async def stop(self) -> None:
-        if self._started is None or self._child is None:  # it never began
+        if self._started is None or self._opening is None:  # it never began
             return
         if self._ending is None:
             is_serving = self._commands is not None
             self.send(Stop())
             self._commands = None
+            self._opening.cancel()
             self._started.cancel()
             grace_s = _END_GRACE_S if is_serving else 0.0
             self._ending = asyncio.get_running_loop().create_task(self._take_down(grace_s))
@@ -186,22 +176,9 @@ class ProcessHandle:
     def _on_closed(self) -> None:
         self._end(_End(grace_s=_END_GRACE_S))
 
-    def _watch_exit(self, child: Child) -> None:
-        """Learn of its exit even if a process that it started holds the connection open."""
-        with contextlib.suppress(AttributeError, OSError):  # a system that has no such thing
-            self._pidfd = os.pidfd_open(child.pid)
-            asyncio.get_running_loop().add_reader(self._pidfd, self._on_exited)
-
-    def _on_exited(self) -> None:
-        self._unwatch_exit()
+    def _on_exit(self) -> None:
         # The end of the connection usually comes with it, behind what it may have reported last.
         asyncio.get_running_loop().call_later(_EOF_GRACE_S, self._on_closed)
-
-    def _unwatch_exit(self) -> None:
-        if self._pidfd is not None:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = None
 
     async def _watch(self, started: asyncio.Future[Ready]) -> None:
         while self._ending is None:
@@ -224,13 +201,12 @@ class ProcessHandle:
             self._ending = asyncio.get_running_loop().create_task(self._bury(end))
 
     async def _bury(self, end: _End) -> None:
-        assert self._child is not None
         assert self._started is not None
         if end.is_stuck:
-            self._child.signal(_DUMP_SIGNAL)
+            self._host.dump()
             await asyncio.sleep(_DUMP_S)
         await self._take_down(end.grace_s)
-        cause = one_line(end.cause or self._child.how_it_ended(self._output.last_line))
+        cause = one_line(end.cause or self._host.how_it_ended(self._output.last_line))
         if self._started.cancelled():  # nobody waits for it any more
             return
         if self._started.done():
@@ -243,38 +219,22 @@ class ProcessHandle:
 
     async def _take_down(self, grace_s: float) -> None:
         """Return when the process is gone and what it printed was read; close what was ours."""
-        assert self._child is not None
         if not await self._is_gone_within(grace_s):
-            self._child.signal(signal.SIGKILL)
+            self._host.kill()
             await self._is_gone_within(_KILL_GRACE_S)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._output.ended.wait(), _OUTPUT_GRACE_S)
         if self._watching is not None:
             self._watching.cancel()
-        self._unwatch_exit()
-        for transport in self._transports:
-            transport.close()
-        self._child.close()
+        self._host.close()
 
     async def _is_gone_within(self, seconds: float) -> bool:
-        assert self._child is not None
         deadline_s = self._clock() + seconds
-        while not self._child.has_ended():
+        while not self._host.has_ended():
             if self._clock() >= deadline_s:
                 return False
             await asyncio.sleep(_POLL_S)
         return True
-
-    def _begun(self) -> Child:
-        try:
-            child = Child(self._program)
-        except OSError as error:
-            raise UserError(
-                f"the process of the model cannot be started: {error.strerror}",
-                "see that memory and the number of processes are not at their limits",
-            ) from error
-        child.begin(self._config)
-        return child
 
 
 @dataclass(frozen=True, slots=True)

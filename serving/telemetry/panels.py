@@ -112,6 +112,7 @@ OVERVIEW = Board("overview", "Hocket: overview", (
             Query(_gauge("requests_running"), "running"),
             Query(_gauge("requests_waiting"), "waiting"),
         )),
+        Panel("Went on elsewhere", "ops", (Query(_rate("request_replays"), "requests"),)),
     )),
     ("Latency", (
         _latency("Time to first token", "time_to_first_token_seconds"),
@@ -163,6 +164,7 @@ ENGINE = Board("engine", "Hocket: engine", (
         Panel("Waiting, by reason", "short", (
             Query(_gauge("requests_waiting_by_reason", "reason"), "{{reason}}"),
         )),
+        Panel("Dispatched", "reqps", (Query(_rate("dispatches", _INSTANCE), INSTANCE_LEGEND),)),
         Panel("Failures in the model", "ops", (
             Query(_rate("request_failures", _INSTANCE), INSTANCE_LEGEND),
         )),

@@ -24,6 +24,8 @@ from serving.api.app import create_app
 from serving.api.service import Service
 from serving.cluster import wire
 from serving.cluster.driver import ClusterDriver
+from serving.cluster.fleet import Fleet
+from serving.cluster.members import Members
 from serving.config import ServeConfig
 from serving.metrics import Metrics
 from serving.ports import PortRules
@@ -72,7 +74,7 @@ class Script:
 class ScriptedHandle:
     """An instance that runs scripts, a token a step, with every report through the wire."""
 
-    instance_id = InstanceId("i0")
+    instance_id = InstanceId("instance-0")
 
     def __init__(self, script_of):
         self.commands = []
@@ -167,9 +169,17 @@ class Server:
 
     async def __aenter__(self):
         self.driver = ClusterDriver(ClusterScheduler(), CODEC, self.metrics)
+        stays_lost = asyncio.Event().wait  # and is not started again
+        members = Members(
+            self.driver,
+            lambda *_: self.handle,
+            drain_timeout_s=30,
+            sleep=lambda _: stays_lost(),
+        )
+        self.fleet = Fleet(self.driver, members, 1)
         service = Service(
             config=ServeConfig(engine=self._engine),
-            ready=await self.driver.start(self.handle),
+            ready=await self.fleet.start(),
             codec=CODEC,
             template=TEMPLATE,
             driver=self.driver,
@@ -177,10 +187,11 @@ class Server:
             started_at=0,
         )
         self._app = create_app(service, PortRules(any_host=True))
-        self._admin_app = create_admin_app(service, PortRules(any_host=True))
+        self._admin_app = create_admin_app(service, self.fleet, PortRules(any_host=True))
         return self
 
     async def __aexit__(self, *_):
+        await self.fleet.stop()
         await self.driver.stop()
 
     @property
@@ -190,8 +201,9 @@ class Server:
     async def get(self, path):
         return await self._call("GET", path, b"")
 
-    async def admin(self, method, path):
-        return await self._call(method, path, b"", app=self._admin_app)
+    async def admin(self, method, path, body=None):
+        data = b"" if body is None else json.dumps(body).encode()
+        return await self._call(method, path, data, app=self._admin_app)
 
     async def complete(self, **body):
         return await self._post("/v1/completions", {"prompt": "Once"} | body)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tests.serving.scripted import Server, says
 
 
@@ -35,5 +37,66 @@ def test_each_plane_has_only_its_own_routes():
             assert (await server.get("/debug/state")).status == 404
             assert (await server.admin("GET", "/v1/models")).status == 404
             assert (await server.admin("GET", "/admin/drain")).status == 405
+
+    asyncio.run(scenario())
+
+
+def test_the_status_shows_instances_and_load():
+    async def scenario():
+        async with Server(says("a" * 50)) as server:
+            running = asyncio.ensure_future(server.complete(max_tokens=50, n=2))
+            await server.handle.was_submitted.wait()
+            status = (await server.admin("GET", "/admin/status")).json()
+            assert (status["model"], status["num_requests"], status["num_queued"]) == ("m", 2, 0)
+            (instance,) = status["instances"]
+            assert (instance["instance"], instance["state"]) == ("instance-0", "up")
+            assert (instance["num_assigned"], instance["incarnation"]) == (2, 1)
+            assert status["change"] is status["last_change"] is None
+            await running
+            server.handle.fail()
+            status = (await server.admin("GET", "/admin/status")).json()
+            assert status["instances"][0]["state"] == "down"
+
+    asyncio.run(scenario())
+
+
+def test_a_change_is_begun_and_shown():
+    async def scenario():
+        async with Server(says("a")) as server:
+            answer = await server.admin("POST", "/admin/scale", {"instances": 1})
+            assert (answer.status, answer.json()["status"]) == (202, "begun")
+            assert answer.json()["change"]["title"] == "scaling to 1"
+            await asyncio.sleep(0.01)
+            status = (await server.admin("GET", "/admin/status")).json()
+            assert status["last_change"]["done"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code"),
+    [
+        ("scale", None, 400, "invalid_value"),
+        ("scale", {}, 400, "invalid_value"),
+        ("scale", {"instances": "2"}, 400, "invalid_value"),
+        ("scale", {"instances": True}, 400, "invalid_value"),
+        ("scale", {"instances": 0}, 400, "invalid_value"),
+        ("scale", {"instances": 1, "wait": True}, 400, "invalid_value"),
+        ("scale", {"instances": 2}, 409, "cannot_scale"),
+        ("restart", None, 409, "nothing_would_serve"),
+        ("drain", {"instance": 1}, 400, "invalid_value"),
+        ("drain", {"instances": 1}, 400, "invalid_value"),
+        ("drain", {"instance": "instance-7"}, 404, "instance_not_found"),
+        ("drain", {"instance": "instance-0"}, 409, "nothing_would_serve"),
+    ],
+)
+def test_a_change_that_cannot_be_made(path, body, status, code):
+    async def scenario():
+        async with Server(says("a")) as server:
+            answer = await server.admin("POST", f"/admin/{path}", body)
+            error = answer.json()["error"]
+            assert (answer.status, error["code"]) == (status, code)
+            assert "remedy" in error or status != 409
+            assert not server.driver.draining
 
     asyncio.run(scenario())

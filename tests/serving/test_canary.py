@@ -92,7 +92,7 @@ def test_prompts_and_keys_are_seen_nowhere(tmp_path):
 def test_what_a_model_raises_is_quoted_at_debug_only(level):
     with running_server("--fake", "--log-level", level, prelude=PRELUDE) as server:
         answers = []
-        for how, code in ((FAILS, "generation_failed"), (BREAKS, "instance_failed")):
+        for how, code in ((FAILS, "generation_failed"), (BREAKS, "request_quarantined")):
             body = json.dumps({"prompt": f"{PROMPT} {how}", "max_tokens": 3}).encode()
             answer = send(server.url, request("POST", "/v1/completions", body))
             assert (answer.status, answer.error["code"]) == (500, code)

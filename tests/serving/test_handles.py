@@ -1,4 +1,4 @@
-"""The contract of an instance's handle, kept by every handle: in process, by wire, by process."""
+"""The contract of an instance's handle, kept by all: in process, by wire, by process, by Ray."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from engine.config import EngineConfig
 from engine.messages import Abort, Failed, Inspect, Inspected, Ping, StepEvents, Stop, Submit
 from engine.startup import StartupTimes
 from scheduler.types import FinishReason, InstanceId, RejectReason, RequestId
+from serving.cluster.child_host import ChildHost
 from serving.cluster.inproc import InProcessHandle
 from serving.cluster.process import ProcessHandle
 from serving.errors import UserError
@@ -28,15 +29,32 @@ def in_process(name="m", through_wire=False):
 
 def by_process(name="m"):
     config = EngineConfig(model_name=name, model_folder=None)
-    return ProcessHandle(InstanceId("i0"), config, program=PROGRAM)
+    return ProcessHandle(InstanceId("i0"), ChildHost(config, program=PROGRAM))
 
 
-@pytest.fixture(
-    params=[in_process, partial(in_process, through_wire=True), by_process],
-    ids=["by reference", "through the wire", "by process"],
-)
+class Maker:
+    """Makes handles, and runs what they are used in: a Ray session has an event loop already."""
+
+    def __init__(self, make, run=asyncio.run):
+        self.run = run
+        self._make = make
+
+    def __call__(self, name="m"):
+        return self._make(name)
+
+
+@pytest.fixture(params=["by reference", "through the wire", "by process", "by Ray"])
 def make_handle(request):
-    return request.param
+    match request.param:
+        case "by reference":
+            return Maker(in_process)
+        case "through the wire":
+            return Maker(partial(in_process, through_wire=True))
+        case "by process":
+            return Maker(by_process)
+        case _:
+            ray_session = request.getfixturevalue("ray_session")
+            return Maker(ray_session.handle, ray_session.run)
 
 
 class Served:
@@ -88,7 +106,7 @@ def served(make_handle, scenario, name="m"):
         async with Served(make_handle(name)) as instance:
             await scenario(instance)
 
-    asyncio.run(run())
+    make_handle.run(run())
 
 
 def test_it_serves_the_tokens_of_running_alone_and_reports_in_order(make_handle):
@@ -230,7 +248,7 @@ def test_what_cannot_start_says_why_and_what_to_do(make_handle, name, words):
         assert words[0] in error.value.cause
         assert words[1] in error.value.remedy
 
-    asyncio.run(run())
+    make_handle.run(run())
 
 
 def test_a_stop_while_it_starts_ends_the_start(make_handle):
@@ -247,7 +265,7 @@ def test_a_stop_while_it_starts_ends_the_start(make_handle):
         await asyncio.sleep(0.05)
         assert not reports
 
-    asyncio.run(run())
+    make_handle.run(run())
 
 
 def test_what_never_started_can_be_stopped(make_handle):
@@ -257,4 +275,4 @@ def test_what_never_started_can_be_stopped(make_handle):
         await handle.stop()
         await handle.stop()
 
-    asyncio.run(run())
+    make_handle.run(run())

@@ -17,6 +17,7 @@ from engine.messages import Failed, StepEvents, Submit
 from scheduler.types import InstanceId
 from serving.cluster import process
 from serving.cluster.child import Child
+from serving.cluster.child_host import ChildHost
 from serving.cluster.process import ProcessHandle
 from serving.errors import UserError
 from tests.factories import make_spec
@@ -29,7 +30,7 @@ ENDLESS = make_spec("a", max_tokens=250)
 
 def make_handle(name="m", program=PROGRAM, **settings):
     config = EngineConfig(model_name=name, model_folder=Path("x"), decision_log=Path("y"))
-    return ProcessHandle(InstanceId("i0"), config, program=program, **settings)
+    return ProcessHandle(InstanceId("i0"), ChildHost(config, program=program), **settings)
 
 
 def is_gone(pid):

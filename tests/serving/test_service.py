@@ -153,12 +153,12 @@ def test_the_state_tells_where_requests_stand_and_nothing_of_what_they_say():
         answer = await server.admin("GET", "/debug/state")
         assert answer.status == 200
         state = answer.json()
-        assert state["instances"] == {"i0": {"num_requests": 1}}
+        assert state["instances"] == {"instance-0": {"num_requests": 1}}
         ((request_id, stream),) = state["streams"].items()
         assert stream["num_prompt_tokens"] == 7
         assert stream["num_output_tokens"] >= 1
         assert stream["max_tokens"] == 50
-        assert state["cluster"]["assigned"] == {request_id: "i0"}
+        assert state["cluster"]["assigned"] == {request_id: "instance-0"}
         assert not state["cluster"]["draining"]
         assert "secret" not in answer.text
         assert "hush" not in answer.text
@@ -177,7 +177,7 @@ def test_an_instance_that_does_not_answer_is_503(monkeypatch):
         answer = await server.admin("GET", "/debug/state")
         assert answer.status == 503
         assert answer.json()["error"]["code"] == "no_answer"
-        assert "i0" in answer.json()["error"]["message"]
+        assert "instance-0" in answer.json()["error"]["message"]
         server.handle.answers_inspections = True
         assert (await server.admin("GET", "/debug/state")).status == 200
 
@@ -190,8 +190,9 @@ def test_a_lost_instance_keeps_nobody_waiting():
         waiting = asyncio.ensure_future(server.admin("GET", "/debug/state"))
         await server.handle.was_inspected.wait()
         server.handle.fail()
-        assert (await waiting).json()["instances"] == {"i0": None}
-        assert (await server.admin("GET", "/debug/state")).json()["instances"] == {"i0": None}
+        assert (await waiting).json()["instances"] == {"instance-0": None}
+        state = (await server.admin("GET", "/debug/state")).json()
+        assert state["instances"] == {"instance-0": None}
 
     run(scenario, says("a"))
 

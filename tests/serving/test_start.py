@@ -72,7 +72,7 @@ def test_the_defaults_are_safe():
     config = make_config(ServeFlags(), "m", Path("x"), port=8000)
     assert config.host == "127.0.0.1"
     assert config.max_body_bytes == 1 << 20
-    assert config.max_requests == 64 + 512
+    assert config.admission.max_num_running == 64
 
 
 @pytest.mark.parametrize(

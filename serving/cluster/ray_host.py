@@ -1,0 +1,162 @@
+"""The host that is a Ray actor: placed by Ray, reached at our own data plane, killed by its pid.
+
+Ray is asked to place it and, on another machine, to kill it. That it lives and dies is known by its
+connection, with Ray or without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.messages import Begin
+from serving.cluster import wire
+from serving.cluster.exit_watch import ExitWatch
+from serving.cluster.frames import frame
+from serving.cluster.placement import Placement
+from serving.cluster.ray_control import Placing, RayControl
+from serving.cluster.ray_messages import Dial, encode
+from serving.cluster.reception import Call, Expected, Reception
+from serving.errors import UserError
+
+_DUMP_SIGNAL = signal.SIGUSR2  # `serving.instance` obeys it
+_ANSWER_S = 20.0  # for Ray to know of an actor: it is not well if that takes longer
+_DIAL_S = 180.0  # for the actor to call in, after that; Ray itself gives up earlier
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a host needs of the session that it is a part of."""
+
+    control: RayControl
+    reception: Reception
+
+
+class RayHost:
+    """See `serving.cluster.host`."""
+
+    def __init__(
+        self,
+        dial: Callable[[str, str], Dial],
+        name: str,
+        config: EngineConfig,
+        placement: Placement,
+        session: Callable[[], Awaitable[Started]],
+    ) -> None:
+        """`dial` makes the address of a name and its secret; `session` starts one if need be."""
+        self.name = name
+        self._dial = dial
+        self._config = config
+        self._placement = placement
+        self._session = session
+        self._control: RayControl | None = None
+        self._placing: Placing | None = None
+        self._calls: list[Call] = []
+        self._exit: ExitWatch | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._calls[0].pid if self._calls else None
+
+    @property
+    def local_pid(self) -> int | None:
+        """Of its process, if that runs on this machine."""
+        return None if self._exit is None or self._exit.has_ended() else self._exit.pid
+
+    async def open(
+        self,
+        received: asyncio.Protocol,
+        printed: asyncio.Protocol,
+        on_exit: Callable[[], None],
+    ) -> asyncio.WriteTransport:
+        session = await self._session()
+        self._control = session.control
+        expected = session.reception.expect(self.name)
+        try:
+            output, commands = await self._called(expected)
+        except BaseException:
+            expected.close()
+            raise
+        finally:
+            session.reception.forget(expected)
+        self._calls = [output, commands]
+        if commands.is_local:
+            with contextlib.suppress(OSError):  # it is gone already: the connection tells
+                self._exit = ExitWatch(commands.pid, on_exit)
+        output.hand_over(printed)
+        commands.hand_over(received)
+        commands.transport.write(frame(wire.encode(Begin(self._config))))
+        return commands.transport
+
+    async def _called(self, expected: Expected) -> list[Call]:
+        """Have it placed, and wait for its two calls. Raises UserError."""
+        assert self._control is not None
+        dial = encode(self._dial(expected.name, expected.secret))
+        placing = self._placing = self._control.place(self.name, self._placement, dial)
+        calls = asyncio.ensure_future(expected.all_calls())
+        try:
+            waited: set[asyncio.Future[Any]] = {placing.registered, placing.ended, calls}
+            await asyncio.wait(waited, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
+            if not any(future.done() for future in waited):
+                self._control.discard()
+                raise UserError(
+                    f"Ray has not answered for {_ANSWER_S:g} s", "see whether its head is up"
+                )
+            waited = {placing.ended, calls}
+            await asyncio.wait(waited, timeout=_DIAL_S, return_when=asyncio.FIRST_COMPLETED)
+            if calls.done():
+                return calls.result()
+            if placing.ended.done():
+                raise placing.ended.result()
+            raise UserError(
+                f"the actor has not called in within {_DIAL_S:g} s",
+                "see Ray's logs, and whether its node reaches this machine",
+            )
+        finally:
+            calls.cancel()
+
+    def has_ended(self) -> bool:
+        if self._exit is not None:
+            return self._exit.has_ended()
+        if not self._calls:
+            return True
+        # Elsewhere: the kernel there closes both when the process ends, and Ray tells of it, too.
+        is_told = self._placing is not None and self._placing.ended.done()
+        return is_told or all(call.transport.is_closing() for call in self._calls)
+
+    def how_it_ended(self, last_words: str) -> str:
+        if not self.has_ended():
+            return "it does not end, although it was killed"
+        return (
+            f"its process ended; it last said: {last_words}" if last_words else "its process ended"
+        )
+
+    def dump(self) -> None:
+        if self._exit is not None:
+            self._exit.signal(_DUMP_SIGNAL)
+
+    def kill(self) -> None:
+        if self._exit is not None:
+            self._exit.signal(signal.SIGKILL)
+        else:
+            self._hang_up()
+            self._remove()
+
+    def close(self) -> None:
+        if self._exit is not None:
+            self._exit.close()
+        self._hang_up()
+        self._remove()
+
+    def _hang_up(self) -> None:
+        for call in self._calls:
+            call.transport.abort()
+
+    def _remove(self) -> None:
+        if self._control is not None:
+            self._control.remove(self.name)

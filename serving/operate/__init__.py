@@ -1,0 +1,1 @@
+"""The commands for operators of a server that runs: clients of its admin port."""

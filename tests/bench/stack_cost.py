@@ -1,0 +1,167 @@
+"""What the whole stack adds to an instance: HTTP, router, the process and Ray around it.
+
+    python -m tests.bench.stack_cost [--rounds 3] [--num 64] [--seed 0]
+
+Arms, in the order A-B-B-A in each round: (A) the driver with the instance in this very process and
+no HTTP; (B) `hocket serve --instances 2` over HTTP. Both run the checksum executor with steps of
+exactly 20 ms. A closed loop of 1, 8, 32 clients, streams of 32 tokens. Ends with 1 if the median
+over pairs of the added TTFT p50 is over 3 ms, or of TPOT over 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import NamedTuple
+
+from engine.build import build_engine
+from engine.config import EngineConfig
+from engine.startup import StartupTimes
+from scheduler.cluster.scheduler import ClusterScheduler
+from scheduler.types import InstanceId, RequestId, RequestSpec, SamplingParams
+from serving.cluster.driver import ClusterDriver
+from serving.cluster.inproc import InProcessHandle
+from serving.metrics import Metrics
+from serving.progress import NoProgress
+from serving.text.tokenizer import fake_codec
+from tests.serving.servers import running_server
+
+STEP_S = 0.020
+NUM_TOKENS = 32
+MAX_TTFT_MS, MAX_TPOT = 3.0, 1.02
+_CODEC = fake_codec()
+
+
+class Times(NamedTuple):
+    ttft_s: float
+    tpot_s: float
+
+
+Ask = Callable[[str], Awaitable[Times]]
+
+
+async def in_process(driver: ClusterDriver, prompt: str) -> Times:
+    start_s = time.perf_counter()
+    spec = RequestSpec(
+        request_id=RequestId(f"{prompt}"),
+        prompt_token_ids=tuple(_CODEC.encode(prompt, add_special_tokens=False)),
+        params=SamplingParams(max_tokens=NUM_TOKENS),
+    )
+    times = [time.perf_counter() async for _ in driver.submit([spec], []).deltas()]
+    return _times(start_s, times)
+
+
+class Connections:
+    """HTTP by hand, on connections that stay open: a client library would count as the stack."""
+
+    def __init__(self, url: str) -> None:
+        host, _, port = url.removeprefix("http://").partition(":")
+        self._host, self._port = host, int(port)
+        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, prompt: str) -> Times:
+        fields = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
+        body = json.dumps({"prompt": prompt} | fields).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        self._free = [each for each in self._free if not each[0].at_eof()]
+        if self._free:
+            connection = self._free.pop()
+        else:
+            connection = await asyncio.open_connection(self._host, self._port)
+        reader, writer = connection
+        start_s = time.perf_counter()
+        writer.write(head.encode() + body)
+        times: list[float] = []
+        is_over = False
+        while not is_over:
+            data = await reader.read(1 << 16)
+            assert data, "the server hung up"
+            times += [time.perf_counter()] * data.count(b"data: {")
+            is_over = data.endswith(b"0\r\n\r\n")
+        assert len(times) >= NUM_TOKENS, "an error, or too few tokens"
+        self._free.append(connection)
+        return _times(start_s, times)
+
+
+def _times(start_s: float, times: list[float]) -> Times:
+    return Times(times[0] - start_s, (times[-1] - times[0]) / (NUM_TOKENS - 1))
+
+
+async def load(ask: Ask, concurrency: int, num: int, rng: random.Random) -> list[Times]:
+    num = max(num if concurrency > 1 else num // 4, 4 * concurrency)
+    prompts = [f"{rng.randrange(10**12):012} says" for _ in range(num)]
+    found: list[Times] = []
+
+    async def client() -> None:
+        await asyncio.sleep(rng.uniform(0, STEP_S))
+        while prompts:
+            found.append(await ask(prompts.pop()))
+
+    await asyncio.gather(*(client() for _ in range(concurrency)))
+    return found
+
+
+async def measure(url: str, args: argparse.Namespace) -> int:
+    rng = random.Random(args.seed)
+    config = EngineConfig(model_name="fake", model_folder=None, fake_step_s=STEP_S)
+    build = partial(build_engine, config, StartupTimes(NoProgress()))
+    driver = ClusterDriver(ClusterScheduler(), _CODEC, Metrics("fake"))
+    await driver.start(InProcessHandle(InstanceId("i0"), build))
+    arms: dict[str, Ask] = {"A": partial(in_process, driver), "B": Connections(url).ask}
+    is_over = False
+    for arm in arms.values():
+        await load(arm, 8, 16, rng)
+    for concurrency in (1, 8, 32):
+        ttft, tpot = [], []
+        shown: dict[str, list[tuple[float, float]]] = {"A": [], "B": []}
+        for _ in range(args.rounds):
+            for name in "ABBA":
+                found = await load(arms[name], concurrency, args.num, rng)
+                ttft_s = statistics.median(each.ttft_s for each in found)
+                tpot_s = statistics.median(each.tpot_s for each in found)
+                shown[name].append((ttft_s, tpot_s))
+        for a, b in zip(shown["A"], shown["B"], strict=True):
+            ttft.append((b[0] - a[0]) * 1e3)
+            tpot.append(b[1] / a[1])
+        added, ratio = statistics.median(ttft), statistics.median(tpot)
+        is_over |= added > MAX_TTFT_MS or ratio > MAX_TPOT
+        a_ttft, b_ttft = (statistics.median(x[0] for x in shown[n]) * 1e3 for n in "AB")
+        a_tpot, b_tpot = (statistics.median(x[1] for x in shown[n]) * 1e3 for n in "AB")
+        print(
+            f"c{concurrency:<3} TTFT p50 {a_ttft:6.2f} -> {b_ttft:6.2f} ms, added {added:+.2f} "
+            f"({min(ttft):+.2f} to {max(ttft):+.2f})   TPOT {a_tpot:6.3f} -> {b_tpot:6.3f} ms, "
+            f"x {ratio:.4f} ({min(tpot):.4f} to {max(tpot):.4f})",
+            flush=True,
+        )
+    await driver.stop()
+    return int(is_over)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num", type=int, default=64)
+    parser.add_argument("--instances", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(f"seed {args.seed}, {args.rounds} rounds, steps of {STEP_S * 1e3:g} ms")
+    flags = ("--fake", "--fake-step", str(STEP_S), "--instances", str(args.instances))
+    with running_server(*flags) as server:
+        threading.Thread(target=deque, args=(server.process.stderr, 0), daemon=True).start()
+        status = asyncio.run(measure(server.url, args))
+        server.terminate()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
