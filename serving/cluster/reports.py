@@ -78,10 +78,17 @@ class StepReports:
                 self._on_prompt_logprobs(scored)
         if report.tokens:
             now = self._clock()
-            for token in report.tokens:
-                if owner(token.request_id) == instance_id:
-                    self._on_token(token, instance_id, now)
+            tokens = [token for token in report.tokens if owner(token.request_id) == instance_id]
+            # Answers are written in the order in which their readers are woken: who waits for a
+            # first token is not to wait for the next ones of all others.
+            tokens.sort(key=lambda token: not self._is_awaited(token.request_id))
+            for token in tokens:
+                self._on_token(token, instance_id, now)
             self._metrics.delivered(self._clock() - now)
+
+    def _is_awaited(self, request_id: RequestId) -> bool:
+        stream = self._streams.get(request_id)
+        return stream is not None and stream.awaits_token
 
     def _on_started(self, event: StartedEvent) -> None:
         stream = self._streams.get(event.request_id)

@@ -4,8 +4,9 @@
 
 Arms, in the order A-B-B-A in each round: (A) the driver with the instance in this very process and
 no HTTP; (B) `hocket serve --instances 2` over HTTP. Both run the checksum executor with steps of
-exactly 20 ms. A closed loop of 1, 8, 32 clients, streams of 32 tokens. Ends with 1 if the median
-over pairs of the added TTFT p50 is over 3 ms, or of TPOT over 2 %.
+exactly 20 ms. A closed loop of 1, 8, 32 clients; streams of 16 to 48 tokens and a random moment
+between them, or else all clients march in step with each other and with the instance. Ends with 1
+if the median over pairs of the added TTFT p50 is over 3 ms, or of TPOT over 2 %.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from serving.text.tokenizer import fake_codec
 from tests.serving.servers import running_server
 
 STEP_S = 0.020
-NUM_TOKENS = 32
+NUM_TOKENS = (16, 48)
 MAX_TTFT_MS, MAX_TPOT = 3.0, 1.02
 _CODEC = fake_codec()
 
@@ -46,18 +47,18 @@ class Times(NamedTuple):
     tpot_s: float
 
 
-Ask = Callable[[str], Awaitable[Times]]
+Ask = Callable[[str, int], Awaitable[Times]]
 
 
-async def in_process(driver: ClusterDriver, prompt: str) -> Times:
+async def in_process(driver: ClusterDriver, prompt: str, num_tokens: int) -> Times:
     start_s = time.perf_counter()
     spec = RequestSpec(
         request_id=RequestId(f"{prompt}"),
         prompt_token_ids=tuple(_CODEC.encode(prompt, add_special_tokens=False)),
-        params=SamplingParams(max_tokens=NUM_TOKENS),
+        params=SamplingParams(max_tokens=num_tokens),
     )
     times = [time.perf_counter() async for _ in driver.submit([spec], []).deltas()]
-    return _times(start_s, times)
+    return _times(start_s, times[:num_tokens])
 
 
 class Connections:
@@ -68,8 +69,8 @@ class Connections:
         self._host, self._port = host, int(port)
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def ask(self, prompt: str) -> Times:
-        fields = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
+    async def ask(self, prompt: str, num_tokens: int) -> Times:
+        fields = {"max_tokens": num_tokens, "ignore_eos": True, "stream": True}
         body = json.dumps({"prompt": prompt} | fields).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -88,13 +89,13 @@ class Connections:
             assert data, "the server hung up"
             times += [time.perf_counter()] * data.count(b"data: {")
             is_over = data.endswith(b"0\r\n\r\n")
-        assert len(times) >= NUM_TOKENS, "an error, or too few tokens"
+        assert len(times) >= num_tokens, "an error, or too few tokens"
         self._free.append(connection)
-        return _times(start_s, times)
+        return _times(start_s, times[:num_tokens])
 
 
 def _times(start_s: float, times: list[float]) -> Times:
-    return Times(times[0] - start_s, (times[-1] - times[0]) / (NUM_TOKENS - 1))
+    return Times(times[0] - start_s, (times[-1] - times[0]) / (len(times) - 1))
 
 
 async def load(ask: Ask, concurrency: int, num: int, rng: random.Random) -> list[Times]:
@@ -103,9 +104,10 @@ async def load(ask: Ask, concurrency: int, num: int, rng: random.Random) -> list
     found: list[Times] = []
 
     async def client() -> None:
-        await asyncio.sleep(rng.uniform(0, STEP_S))
         while prompts:
-            found.append(await ask(prompts.pop()))
+            prompt = prompts.pop()
+            await asyncio.sleep(rng.uniform(0, 2 * STEP_S))
+            found.append(await ask(prompt, rng.randint(*NUM_TOKENS)))
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
     return found
