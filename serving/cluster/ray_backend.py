@@ -43,7 +43,7 @@ from serving.cluster.ray_messages import (
     Placed,
     Remove,
 )
-from serving.cluster.session_folder import clear
+from serving.cluster.session_folder import clear, messages_file, ray_folder
 from serving.errors import UserError
 from serving.listener import is_loopback
 
@@ -125,12 +125,13 @@ class _Backend:
             self._say(CannotOpen(cause=error.cause, remedy=error.remedy))
             os._exit(1)
         except Exception as error:  # noqa: BLE001 (Ray raises whatever it likes)
-            remedy = f"its logs may say why: {self._order.folder}/{self._order.name}/logs"
+            logs = ray_folder(Path(self._order.folder)) / self._order.name / "logs"
+            remedy = f"its logs may say why: {logs}"
             if not self._is_ours:
                 remedy = "see that the cluster is up, and that its address and token are right"
             self._say(CannotOpen(cause=f"Ray does not start: {_line(error)}", remedy=remedy))
             os._exit(1)
-        _quieten(Path(self._order.folder) / self._order.name / "logs")
+        _quieten(Path(self._order.folder))
         self._say(opened)
         while True:
             with contextlib.suppress(queue.Empty):
@@ -247,7 +248,7 @@ def _own_session(order: Open) -> tuple[Any, Opened]:
         no_monitor=True,
         min_worker_port=0,
         max_worker_port=0,
-        temp_dir=str(folder),
+        temp_dir=str(ray_folder(folder)),  # which Ray opens to everyone: it lies in ours
         session_name=order.name,
     )
     head = Node(params, head=True, shutdown_at_exit=False, ray_init_cluster=True)
@@ -263,11 +264,14 @@ def _joined(order: Open) -> tuple[None, Opened]:
     os.environ.setdefault(*CONNECT_LIMIT)
     import ray
     from ray._private import ray_constants
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is of native code
 
     _check_version(ray.__version__)
     if is_loopback(address.rpartition(":")[0]):  # else it is taken for this machine's address
         ray_constants.ENABLE_RAY_CLUSTER = False
     try:
+        if address != "auto":
+            GcsClient(address=address)  # `ray.init` would try a wrong token for 20 s
         ray.init(address, namespace=_NAMESPACE, log_to_driver=False, configure_logging=False)
     except ray.exceptions.AuthenticationError as error:
         raise UserError(
@@ -385,8 +389,7 @@ def _line(error: Exception) -> str:
 
 def _quieten(folder: Path) -> None:
     """Ray prints a page to stdout for each actor that ends: into a file of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sys.stdout = open(folder / "messages.out", "a", buffering=1)  # noqa: SIM115 (for good)
+    sys.stdout = open(messages_file(folder), "a", buffering=1)  # noqa: SIM115 (for good)
 
 
 def _print(text: str) -> None:

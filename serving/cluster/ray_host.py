@@ -125,9 +125,10 @@ class RayHost:
             return self._exit.has_ended()
         if not self._calls:
             return True
-        # Elsewhere: the kernel there closes both when the process ends, and Ray tells of it, too.
-        is_told = self._placing is not None and self._placing.ended.done()
-        return is_told or all(call.transport.is_closing() for call in self._calls)
+        # Elsewhere: what it prints to is closed when it ends, and not by us before that is seen.
+        # Ray's word proves nothing: it writes a process off that does not answer.
+        output, _ = self._calls
+        return output.transport.is_closing()
 
     def how_it_ended(self, last_words: str) -> str:
         if not self.has_ended():
@@ -143,19 +144,16 @@ class RayHost:
     def kill(self) -> None:
         if self._exit is not None:
             self._exit.signal(signal.SIGKILL)
-        else:
-            self._hang_up()
-            self._remove()
+        elif self._calls:  # elsewhere: its relay sees it, and kills it
+            _, commands = self._calls
+            commands.transport.abort()
 
     def close(self) -> None:
         if self._exit is not None:
             self._exit.close()
-        self._hang_up()
-        self._remove()
-
-    def _hang_up(self) -> None:
         for call in self._calls:
             call.transport.abort()
+        self._remove()
 
     def _remove(self) -> None:
         if self._control is not None:

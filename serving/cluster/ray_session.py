@@ -24,7 +24,7 @@ from serving.cluster.ray_control import RayControl
 from serving.cluster.ray_host import RayHost, Started
 from serving.cluster.ray_messages import Dial, Open, Opened
 from serving.cluster.reception import Reception
-from serving.cluster.session_folder import make_folder, remove
+from serving.cluster.session_folder import clear, make_folder, remove
 from serving.cluster.tls_context import driver_context
 from serving.errors import UserError
 from serving.listener import is_loopback
@@ -123,8 +123,10 @@ class RaySession:
         self._went_well = self._went_well and not any(control.is_lost for control in controls)
         await asyncio.gather(*(control.stop() for control in controls))
         self._control = None
-        if self._folder is not None and self._went_well:
-            await asyncio.to_thread(remove, self._folder)
+        if self._folder is not None:
+            # The logs of a session of our own are kept if it went badly.
+            is_dispensable = self._went_well or self._address is not None
+            await asyncio.to_thread(remove if is_dispensable else clear, self._folder)
 
     # --- for its hosts ---
 

@@ -1,7 +1,7 @@
 """The private folder of a Ray session: where it is, and what of it is left at the end.
 
-Sockets, tokens and Ray's own files lie in it, and the logs, which outlive a session that was cut
-short.
+Our sockets and tokens lie in it, and a folder for Ray's own files with the logs, which outlive a
+session that was cut short.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 _MAX_PATH_CHARS = 107  # of a Unix socket, by the kernel
-_LONGEST_NAME = "/hocket-12345678/s123/sockets/plasma_store"
+_LONGEST_NAME = "/hocket-12345678/ray/s1234/sockets/plasma_store"
 
 
 def make_folder() -> Path:
@@ -20,20 +20,34 @@ def make_folder() -> Path:
     parent = tempfile.gettempdir()
     if len(parent) + len(_LONGEST_NAME) > _MAX_PATH_CHARS:
         parent = "/tmp"  # noqa: S108 (the folder in it is made with a random name, for us alone)
-    return Path(tempfile.mkdtemp(prefix="hocket-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix="hocket-", dir=parent))
+    ray_folder(folder).mkdir()
+    return folder
+
+
+def ray_folder(folder: Path) -> Path:
+    """Return where Ray's files are, in a folder for each of its sessions."""
+    return folder / "ray"
+
+
+def messages_file(folder: Path) -> Path:
+    """Return the file for what Ray would say on a terminal; it counts as a log."""
+    return ray_folder(folder) / "messages.log"
 
 
 def clear(folder: Path) -> None:
-    """Remove all but the logs of each session; the whole folder if there are none."""
+    """Remove all but the logs."""
     with contextlib.suppress(OSError):
         for entry in folder.iterdir():
-            if entry.is_symlink() or not (entry / "logs").is_dir():
+            if entry != ray_folder(folder):
                 _remove(entry)
-                continue
-            for inner in entry.iterdir():
-                if inner.name != "logs":
-                    _remove(inner)
-        folder.rmdir()
+        for entry in ray_folder(folder).iterdir():
+            if entry.is_symlink():
+                _remove(entry)
+            elif entry.is_dir():
+                for inner in entry.iterdir():
+                    if inner.name != "logs":
+                        _remove(inner)
 
 
 def remove(folder: Path) -> None:

@@ -33,7 +33,7 @@ from serving.cluster.tls_context import DRIVER, instance_context
 _PROGRAM = ("-m", "serving.cluster.tls_relay")
 _CHUNK_BYTES = 1 << 16
 _CONNECT_S = 20.0
-_END_GRACE_S = 1.0  # for an instance that was hung up on, to end by itself
+_END_GRACE_S = 0.5  # for an instance that was hung up on, to end by itself
 
 
 def relayed(dial: Dial, hello: Hello) -> tuple[socket.socket, socket.socket]:
@@ -90,8 +90,8 @@ async def _relay(dial: Dial, hello: Hello, ends: list[socket.socket], parent: in
     ]
     inward = asyncio.create_task(_carry(commands[0], commanding[1]))
     await asyncio.wait([inward, outward[1]], return_when=asyncio.FIRST_COMPLETED)
-    if not outward[1].done():  # the driver hung up: the instance sees it, and ends
-        await asyncio.wait([outward[1]], timeout=_END_GRACE_S)
+    if inward.done():  # the driver hung up: the instance sees it, and ends
+        await asyncio.wait(outward[:1], timeout=_END_GRACE_S)
         if os.getppid() == parent:
             os.kill(parent, signal.SIGKILL)
     # What it printed last is read to its end, unless something that it started holds that open.

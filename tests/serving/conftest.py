@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.serving.ray_sessions import Started
+from tests.serving.test_process import is_gone
 
 
 @pytest.fixture(scope="session")
@@ -15,4 +16,8 @@ def ray_session() -> Iterator[Started]:
     with asyncio.Runner() as runner:
         started = Started(runner)
         yield started
+        pids = started.pids()
         started.stop()
+        assert pids
+        assert [command for pid, command in pids.items() if not is_gone(pid)] == []
+        assert not started.folder.exists(), "logs are kept if something went wrong"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from engine.config import EngineConfig
 from scheduler.types import InstanceId
@@ -17,9 +18,14 @@ class Started:
     """A session that is up."""
 
     def __init__(self, runner: asyncio.Runner, **settings) -> None:
+        self.runner = runner
         self.run = runner.run
         self.session = RaySession(**settings)
-        self.facts = self.run(self.session.start())
+        try:
+            self.facts = self.run(self.session.start())
+        except BaseException:
+            self.stop()
+            raise
 
     def handle(self, name="m", placement=None, **settings):
         config = EngineConfig(model_name=name, model_folder=None)
@@ -28,6 +34,11 @@ class Started:
 
     def stop(self) -> None:
         self.run(self.session.stop())
+
+    @property
+    def folder(self) -> Path:
+        assert self.session._folder is not None
+        return self.session._folder
 
     @property
     def control_pid(self) -> int:
