@@ -78,7 +78,7 @@ class Clients:
             return f"{response.status} {error['code']}"
         if not stream:
             num_tokens = json.loads(payload)["usage"]["completion_tokens"]
-        return "answered" if num_tokens == length else f"{num_tokens} tokens of {length}"
+            return "answered" if num_tokens == length else f"{num_tokens} tokens of {length}"
         *events, done, rest = payload.split(b"\n\n")
         last = json.loads(events[-1].removeprefix(b"data: "))
         end = ", [DONE]" if (done, rest) == (b"data: [DONE]", b"") else ", torn"

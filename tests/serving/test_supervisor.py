@@ -224,15 +224,18 @@ def test_an_older_incarnation_is_not_heard():
     supervised(scenario)
 
 
-def test_a_server_that_drains_starts_nothing():
+def test_a_server_that_drains_starts_one_for_those_it_accepted_only():
     async def scenario(fleet):
-        fleet.driver.submit([make_spec("a")], [])
-        draining = asyncio.ensure_future(fleet.driver.drain(timeout_s=5))
-        await asyncio.sleep(0)
+        group = fleet.driver.submit([make_spec("a")], [])
+        fleet.driver.begin_drain()
         fleet.fail()
-        assert not await draining, "a request that was accepted did not end well"
+        await fleet.until_up()
+        assert [command.spec.request_id for command in fleet.handles[-1].commands] == ["a"]
+        fleet.driver.cancel(group)
+        fleet.fail()
         await asyncio.sleep(0.01)
-        assert len(fleet.handles) == 1
+        assert not fleet.driver.alive
+        assert len(fleet.handles) == 2
 
     supervised(scenario)
 
