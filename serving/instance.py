@@ -27,8 +27,8 @@ from engine.faults import cause_of, detail_of
 from engine.messages import Failed, PhaseAdvanced, PhaseBegun, Ready, Report
 from engine.models.errors import ModelFormatError
 from engine.startup import CannotStart, StartupTimes
-from serving.cluster import wire
-from serving.cluster.frames import FrameConnection, FrameError
+from serving.cluster.hosts import wire
+from serving.cluster.hosts.frames import FrameConnection, FrameError
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig

@@ -19,7 +19,7 @@ from engine.messages import Ready
 from engine.startup import StartupTimes
 from scheduler.types import InstanceId
 from serving.admission import AdmissionLimits
-from serving.cluster.child import Child
+from serving.cluster.hosts.child import Child
 from serving.cluster_file import ClusterFile
 from serving.config import ServeConfig, ServeFlags, parse_bytes
 from serving.errors import UserError
@@ -30,7 +30,7 @@ from serving.ports import Port, admin_rules, api_rules
 from serving.progress import LoggedProgress, Progress, TerminalProgress
 
 if TYPE_CHECKING:
-    from serving.cluster.ray_session import RaySession
+    from serving.cluster.ray.session import RaySession
 
 FAKE_MODEL_NAME = "fake"
 _SHARE_OF_SEVERAL = 0.5
@@ -99,7 +99,7 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
 @contextlib.contextmanager
 def _ray_session(flags: ServeFlags) -> Iterator[RaySession]:
     """Begin a session; who serves by it ends it, unless it does not come to that."""
-    from serving.cluster.ray_session import RaySession
+    from serving.cluster.ray.session import RaySession
 
     session = RaySession(flags.ray_address, host=flags.host)
     session.begin()

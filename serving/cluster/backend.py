@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config import EngineConfig
 from engine.startup import Progress
-from serving.cluster.child import Child
-from serving.cluster.child_host import ChildHost
 from serving.cluster.handle import InstanceHandle
+from serving.cluster.hosts.child import Child
+from serving.cluster.hosts.child_host import ChildHost
+from serving.cluster.hosts.process import ProcessHandle
 from serving.cluster.members import instance_id
-from serving.cluster.process import ProcessHandle
 from serving.cluster_file import MAX_INSTANCES
 from serving.config import ServeConfig
 
 if TYPE_CHECKING:
-    from serving.cluster.ray_session import RayFacts, RaySession
+    from serving.cluster.ray.session import RayFacts, RaySession
 
 
 class Backend(Protocol):

@@ -44,7 +44,7 @@ def test_the_scheduler_imports_nothing_but_the_standard_library():
         ("import engine.build", {"torch", "ray", "asyncio"}),
         ("import serving.cli", {"torch", "ray", "fastapi", "uvicorn", "tokenizers", "numpy"}),
         ("import serving.server", {"torch", "numpy", "ray", "ortools", "transformers"}),
-        ("import serving.cluster.ray_session", {"torch", "ray", "cryptography"}),
+        ("import serving.cluster.ray.session", {"torch", "ray", "cryptography"}),
         (every_module("engine"), {"ray", "fastapi", "tokenizers", "prometheus_client"}),
         (every_module("loadgen"), {"torch", "scheduler", "engine", "serving", "deploy"}),
         (every_module("deploy"), {"torch", "ray", "engine", "serving"}),

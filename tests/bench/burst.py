@@ -33,7 +33,7 @@ from scheduler.costs import LinearStepCost
 from scheduler.instance.scheduler import InstanceScheduler
 from scheduler.types import InstanceId, KVGeometry, RequestId, RequestSpec, SamplingParams
 from serving.cluster.driver import ClusterDriver
-from serving.cluster.inproc import InProcessHandle
+from serving.cluster.hosts.inproc import InProcessHandle
 from serving.cluster.instances import capacity_of
 from serving.metrics import Metrics
 from serving.text.tokenizer import fake_codec

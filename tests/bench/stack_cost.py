@@ -30,7 +30,7 @@ from engine.startup import StartupTimes
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.types import InstanceId, RequestId, RequestSpec, SamplingParams
 from serving.cluster.driver import ClusterDriver
-from serving.cluster.inproc import InProcessHandle
+from serving.cluster.hosts.inproc import InProcessHandle
 from serving.metrics import Metrics
 from serving.progress import NoProgress
 from serving.text.tokenizer import fake_codec

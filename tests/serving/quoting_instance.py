@@ -15,8 +15,8 @@ FAILS, BREAKS = "this one fails", "this one breaks the instance"
 
 # For `starting_server(prelude=...)`: be served by such an instance.
 PRELUDE = """
-from serving.cluster.child import Child
-from serving.cluster.process import ProcessHandle
+from serving.cluster.hosts.child import Child
+from serving.cluster.hosts.process import ProcessHandle
 program = ("-m", "tests.serving.quoting_instance")
 Child.__init__.__defaults__ = (program,)
 ProcessHandle.__init__.__kwdefaults__["program"] = program

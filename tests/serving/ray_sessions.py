@@ -7,9 +7,9 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from scheduler.types import InstanceId
+from serving.cluster.hosts.process_session import members_of
 from serving.cluster.placement import Placement
-from serving.cluster.process_session import members_of
-from serving.cluster.ray_session import RaySession
+from serving.cluster.ray.session import RaySession
 
 BUILD = "tests.serving.checksum_instance:build"
 

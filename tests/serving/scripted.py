@@ -22,9 +22,9 @@ from scheduler.types import (
 from serving.api.admin import create_admin_app
 from serving.api.app import create_app
 from serving.api.service import Service
-from serving.cluster import wire
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.fleet import Fleet
+from serving.cluster.hosts import wire
 from serving.cluster.members import Members
 from serving.config import ServeConfig
 from serving.metrics import Metrics

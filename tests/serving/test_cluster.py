@@ -35,9 +35,9 @@ from scheduler.types import (
     StartedEvent,
     TokenEvent,
 )
-from serving.cluster import wire
 from serving.cluster.driver import ClusterDriver
-from serving.cluster.inproc import InProcessHandle
+from serving.cluster.hosts import wire
+from serving.cluster.hosts.inproc import InProcessHandle
 from serving.cluster.streams import RequestStream
 from serving.errors import GenerationFailed, InstanceLost, Unavailable
 from serving.metrics import Metrics

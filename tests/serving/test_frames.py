@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.cluster import frames
-from serving.cluster.frames import FrameConnection, FrameDecoder, FrameError, frame
+from serving.cluster.hosts import frames
+from serving.cluster.hosts.frames import FrameConnection, FrameDecoder, FrameError, frame
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.lists(st.integers(1, 30), min_size=1))

@@ -11,9 +11,9 @@ from engine.config import EngineConfig
 from engine.messages import Abort, Failed, Inspect, Inspected, Ping, StepEvents, Stop, Submit
 from engine.startup import StartupTimes
 from scheduler.types import FinishReason, InstanceId, RejectReason, RequestId
-from serving.cluster.child_host import ChildHost
-from serving.cluster.inproc import InProcessHandle
-from serving.cluster.process import ProcessHandle
+from serving.cluster.hosts.child_host import ChildHost
+from serving.cluster.hosts.inproc import InProcessHandle
+from serving.cluster.hosts.process import ProcessHandle
 from serving.errors import UserError
 from serving.progress import NoProgress
 from tests.factories import make_geometry, make_spec

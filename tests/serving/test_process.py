@@ -15,10 +15,10 @@ import pytest
 from engine.config import EngineConfig
 from engine.messages import Failed, StepEvents, Submit
 from scheduler.types import InstanceId
-from serving.cluster import process
-from serving.cluster.child import Child
-from serving.cluster.child_host import ChildHost
-from serving.cluster.process import ProcessHandle
+from serving.cluster.hosts import process
+from serving.cluster.hosts.child import Child
+from serving.cluster.hosts.child_host import ChildHost
+from serving.cluster.hosts.process import ProcessHandle
 from serving.errors import UserError
 from tests.factories import make_spec
 from tests.serving.checksum_instance import PROGRAM

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 
-from serving.cluster.process_session import end_session, members_of
+from serving.cluster.hosts.process_session import end_session, members_of
 from tests.serving.test_process import is_gone, until
 
 FORKS = """

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from engine.messages import Failed
+from serving.cluster.hosts.process_session import members_of
 from serving.cluster.placement import Placement
-from serving.cluster.process_session import members_of
-from serving.cluster.ray_address import asks_for_a_token
+from serving.cluster.ray.address import asks_for_a_token
 from serving.errors import UserError
 from tests.factories import make_spec
 from tests.properties.law import solo

@@ -12,12 +12,12 @@ from contextlib import asynccontextmanager, suppress
 import msgspec
 import pytest
 
-from serving.cluster import reception
-from serving.cluster.certificates import Authority
-from serving.cluster.frames import frame
-from serving.cluster.ray_messages import COMMANDS, OUTPUT, Hello, encode
-from serving.cluster.reception import Reception
-from serving.cluster.tls_context import DRIVER, driver_context, instance_context
+from serving.cluster.hosts.frames import frame
+from serving.cluster.ray import reception
+from serving.cluster.ray.certificates import Authority
+from serving.cluster.ray.messages import COMMANDS, OUTPUT, Hello, encode
+from serving.cluster.ray.reception import Reception
+from serving.cluster.ray.tls_context import DRIVER, driver_context, instance_context
 from serving.errors import UserError
 from serving.version import version
 

@@ -13,7 +13,7 @@ from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.config import ClusterConfig
 from scheduler.types import InstanceId, RequestId
 from serving.cluster.driver import ClusterDriver
-from serving.cluster.inproc import InProcessHandle
+from serving.cluster.hosts.inproc import InProcessHandle
 from serving.errors import InstanceLost, Quarantined
 from serving.metrics import Metrics
 from serving.text.tokenizer import fake_codec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serving.cluster.placement import Placement
-from serving.cluster.room import bundle, fits, lack, options
+from serving.cluster.ray.room import bundle, fits, lack, options
 
 GIB = 1 << 30
 SMALL = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 
-from serving.cluster.session_folder import clear, make_folder, messages_file, ray_folder, remove
+from serving.cluster.ray.session_folder import clear, make_folder, messages_file, ray_folder, remove
 
 
 def test_it_is_private_and_its_name_is_short(tmp_path, monkeypatch):

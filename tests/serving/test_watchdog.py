@@ -6,7 +6,7 @@ import pytest
 
 from engine.messages import StepEvents
 from scheduler.types import FinishedEvent, FinishReason, RejectedEvent, RejectReason, RequestId
-from serving.cluster.watchdog import Watchdog
+from serving.cluster.hosts.watchdog import Watchdog
 from tests.factories import make_scheduler
 
 LIMIT_S = 4.0

@@ -15,13 +15,13 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.messages import Begin
-from serving.cluster import wire
-from serving.cluster.exit_watch import ExitWatch
-from serving.cluster.frames import frame
+from serving.cluster.hosts import wire
+from serving.cluster.hosts.exit_watch import ExitWatch
+from serving.cluster.hosts.frames import frame
 from serving.cluster.placement import Placement
-from serving.cluster.ray_control import Placing, RayControl
-from serving.cluster.ray_messages import Dial, encode
-from serving.cluster.reception import Call, Expected, Reception
+from serving.cluster.ray.control import Placing, RayControl
+from serving.cluster.ray.messages import Dial, encode
+from serving.cluster.ray.reception import Call, Expected, Reception
 from serving.errors import UserError
 
 _DUMP_SIGNAL = signal.SIGUSR2  # `serving.instance` obeys it
@@ -38,7 +38,7 @@ class Started:
 
 
 class RayHost:
-    """See `serving.cluster.host`."""
+    """See `serving.cluster.hosts.host`."""
 
     def __init__(
         self,

@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from serving.cluster.ray_messages import Tls
-from serving.cluster.tls_context import DRIVER, INSTANCE
+from serving.cluster.ray.messages import Tls
+from serving.cluster.ray.tls_context import DRIVER, INSTANCE
 
 _SKEW = datetime.timedelta(days=1)  # between the clocks of machines
 _VALID = datetime.timedelta(days=3650)  # longer than any server runs

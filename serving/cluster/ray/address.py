@@ -13,7 +13,7 @@ CONNECT_S = 5.0
 REFUSED = 3  # exit status of a stranger that was shown the door
 # Who is refused for a wrong token would try again for half a minute; an environment variable.
 CONNECT_LIMIT = ("RAY_py_gcs_connect_timeout_s", "3")
-_STRANGER = ("-m", "serving.cluster.ray_backend", "--stranger-at")
+_STRANGER = ("-m", "serving.cluster.ray.backend", "--stranger-at")
 _STRANGER_S = 60.0
 
 

@@ -13,8 +13,8 @@ from engine.messages import Command, Ready, Report, Stop
 from engine.models.errors import ModelFormatError
 from engine.startup import CannotStart
 from scheduler.types import InstanceId
-from serving.cluster import wire
 from serving.cluster.handle import ended_while_starting, one_line
+from serving.cluster.hosts import wire
 from serving.errors import UserError
 
 # Makes the loop, on the thread where it will run, given where it shall report.

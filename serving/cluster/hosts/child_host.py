@@ -1,6 +1,6 @@
 """The host that is a child process of ours: connects its socket and its pipe to the event loop.
 
-It decides nothing about the child's life; `serving.cluster.process` does.
+It decides nothing about the child's life; `serving.cluster.hosts.process` does.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import signal
 from collections.abc import Callable, Sequence
 
 from engine.config import EngineConfig
-from serving.cluster.child import PROGRAM, Child
-from serving.cluster.exit_watch import ExitWatch
+from serving.cluster.hosts.child import PROGRAM, Child
+from serving.cluster.hosts.exit_watch import ExitWatch
 from serving.errors import UserError
 
 _DUMP_SIGNAL = signal.SIGUSR2  # `serving.instance` obeys it
 
 
 class ChildHost:
-    """See `serving.cluster.host`. The thread of the event loop must outlive the child."""
+    """See `serving.cluster.hosts.host`. The thread of the event loop must outlive the child."""
 
     def __init__(
         self, config: EngineConfig, child: Child | None = None, program: Sequence[str] = PROGRAM

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from serving.cluster.ray_messages import COMMANDS, MAX_HELLO_BYTES, OUTPUT, Hello, decode_hello
+from serving.cluster.ray.messages import COMMANDS, MAX_HELLO_BYTES, OUTPUT, Hello, decode_hello
 from serving.errors import UserError
 from serving.version import version
 

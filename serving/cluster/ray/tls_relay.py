@@ -1,4 +1,4 @@
-"""Carries an instance's two connections to the driver through TLS: `-m serving.cluster.tls_relay`.
+"""The instance's end of mutual TLS: `python -P -m serving.cluster.ray.tls_relay`.
 
 The instance speaks over plain sockets, from several threads and in native code, and may crash at
 any moment: what it said before must still arrive, so this is a process of its own. It looks into
@@ -18,8 +18,8 @@ import sys
 
 import msgspec
 
-from serving.cluster.frames import FrameDecoder, frame
-from serving.cluster.ray_messages import (
+from serving.cluster.hosts.frames import FrameDecoder, frame
+from serving.cluster.ray.messages import (
     COMMANDS,
     OUTPUT,
     Dial,
@@ -28,9 +28,9 @@ from serving.cluster.ray_messages import (
     decode_hello,
     encode,
 )
-from serving.cluster.tls_context import DRIVER, instance_context
+from serving.cluster.ray.tls_context import DRIVER, instance_context
 
-_PROGRAM = ("-m", "serving.cluster.tls_relay")
+_PROGRAM = ("-m", "serving.cluster.ray.tls_relay")
 _CHUNK_BYTES = 1 << 16
 _CONNECT_S = 20.0
 _END_GRACE_S = 0.5  # for an instance that was hung up on, to end by itself
@@ -57,7 +57,7 @@ def relayed(dial: Dial, hello: Hello) -> tuple[socket.socket, socket.socket]:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parser = argparse.ArgumentParser(prog="python -P -m serving.cluster.tls_relay")
+    parser = argparse.ArgumentParser(prog="python -P -m serving.cluster.ray.tls_relay")
     parser.add_argument("--parent", type=int, required=True, help="of which process this is")
     parser.add_argument("--fds", type=int, nargs=2, required=True, help="for output and commands")
     arguments = parser.parse_args()

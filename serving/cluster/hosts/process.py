@@ -36,12 +36,12 @@ from engine.messages import (
 )
 from engine.startup import Progress
 from scheduler.types import InstanceId
-from serving.cluster import wire
-from serving.cluster.frames import FrameDecoder, FrameError, frame
 from serving.cluster.handle import ended_while_starting, one_line
-from serving.cluster.host import Host
-from serving.cluster.output import OutputRelay
-from serving.cluster.watchdog import Watchdog
+from serving.cluster.hosts import wire
+from serving.cluster.hosts.frames import FrameDecoder, FrameError, frame
+from serving.cluster.hosts.host import Host
+from serving.cluster.hosts.output import OutputRelay
+from serving.cluster.hosts.watchdog import Watchdog
 from serving.errors import UserError
 from serving.progress import NoProgress
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import msgspec
 
-from serving.cluster.frames import frame
-from serving.cluster.ray_messages import COMMANDS, OUTPUT, Dial, Hello, decode_dial, encode
-from serving.cluster.tls_relay import relayed
+from serving.cluster.hosts.frames import frame
+from serving.cluster.ray.messages import COMMANDS, OUTPUT, Dial, Hello, decode_dial, encode
+from serving.cluster.ray.tls_relay import relayed
 from serving.instance import be_instance, ignore_signals
 from serving.version import version
 

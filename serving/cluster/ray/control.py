@@ -15,13 +15,13 @@ from collections.abc import Callable
 import msgspec
 
 from scheduler.types import InstanceId
-from serving.cluster import ray_messages
-from serving.cluster.child import Child
-from serving.cluster.frames import FrameDecoder, FrameError, frame
-from serving.cluster.output import OutputRelay
+from serving.cluster.hosts.child import Child
+from serving.cluster.hosts.frames import FrameDecoder, FrameError, frame
+from serving.cluster.hosts.output import OutputRelay
+from serving.cluster.hosts.process_session import end_session
 from serving.cluster.placement import Placement
-from serving.cluster.process_session import end_session
-from serving.cluster.ray_messages import (
+from serving.cluster.ray import messages
+from serving.cluster.ray.messages import (
     CannotOpen,
     ControlCommand,
     ControlReport,
@@ -36,7 +36,7 @@ from serving.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_PROGRAM = ("-m", "serving.cluster.ray_backend")
+_PROGRAM = ("-m", "serving.cluster.ray.backend")
 _OPEN_S = 120.0  # for Ray to start; on a slow machine with a cold disk it takes a while
 _END_S = 8.0  # for the process to take down what it started
 _LOST_S = 1.0  # for one that hung up, to end
@@ -64,7 +64,7 @@ class RayControl:
         """Start the process. Raises OSError."""
         self._child = Child(_PROGRAM, own_session=True)
         with contextlib.suppress(ConnectionError):  # it has ended: whoever reads will see it
-            self._child.connection.sendall(frame(ray_messages.encode(order)))
+            self._child.connection.sendall(frame(messages.encode(order)))
         self._decoder = FrameDecoder()
         self._output = OutputRelay(InstanceId("ray"))
         self._transports: list[asyncio.BaseTransport] = []
@@ -137,12 +137,12 @@ class RayControl:
 
     def _send(self, command: ControlCommand) -> None:
         if self._connection is not None and not self.is_lost:
-            self._connection.write(frame(ray_messages.encode(command)))
+            self._connection.write(frame(messages.encode(command)))
 
     def _on_data(self, data: bytes) -> None:
         try:
             for payload in self._decoder.feed(data):
-                self._on_report(ray_messages.decode_report(payload))
+                self._on_report(messages.decode_report(payload))
         except (FrameError, msgspec.DecodeError) as error:
             log.error("ray: it sent what is no message: %s", error)
             self.discard()

@@ -1,4 +1,4 @@
-"""The Ray control process: `python -P -m serving.cluster.ray_backend --fd N`.
+"""The Ray control process: `python -P -m serving.cluster.ray.backend --fd N`.
 
 It alone imports ray. It opens a session or joins a cluster, makes actors and removes them, and says
 when one has ended. It sees no request and no token. The API process may lose it and go on; when it
@@ -21,19 +21,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from serving.cluster import ray_messages, room
-from serving.cluster.frames import FrameConnection
+from serving.cluster.hosts.frames import FrameConnection
+from serving.cluster.hosts.process_session import end_session
 from serving.cluster.placement import Placement
-from serving.cluster.process_session import end_session
-from serving.cluster.ray_actor import InstanceActor
-from serving.cluster.ray_address import (
+from serving.cluster.ray import messages, room
+from serving.cluster.ray.actor import InstanceActor
+from serving.cluster.ray.address import (
     CONNECT_LIMIT,
     CONNECT_S,
     REFUSED,
     asks_for_a_token,
     checked_address,
 )
-from serving.cluster.ray_messages import (
+from serving.cluster.ray.messages import (
     CannotOpen,
     ControlReport,
     Ended,
@@ -43,7 +43,7 @@ from serving.cluster.ray_messages import (
     Placed,
     Remove,
 )
-from serving.cluster.session_folder import clear, messages_file, ray_folder
+from serving.cluster.ray.session_folder import clear, messages_file, ray_folder
 from serving.errors import UserError
 from serving.listener import is_loopback
 
@@ -75,7 +75,7 @@ _ENVIRONMENT = {
 def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parser = argparse.ArgumentParser(prog="python -P -m serving.cluster.ray_backend")
+    parser = argparse.ArgumentParser(prog="python -P -m serving.cluster.ray.backend")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--fd", type=int, help="of the socket to the API process")
     kind.add_argument("--stranger-at", help="a cluster; exit with 3 if it asks for a token")
@@ -89,7 +89,7 @@ def main() -> NoReturn:
     first = next(payloads, None)
     if first is None:
         os._exit(0)
-    order = ray_messages.decode_command(first)
+    order = messages.decode_command(first)
     assert isinstance(order, Open)
     backend = _Backend(order, connection)
     # Heard on a thread of its own, so that the end is heard even if Ray hangs.
@@ -100,7 +100,7 @@ def main() -> NoReturn:
 def _hear(payloads: Iterator[bytes], backend: _Backend) -> None:
     with contextlib.suppress(OSError):
         for payload in payloads:
-            order = ray_messages.decode_command(payload)
+            order = messages.decode_command(payload)
             if not isinstance(order, Open):
                 backend.orders.put(order)
     backend.leave()
@@ -162,7 +162,7 @@ class _Backend:
 
     def _say(self, report: ControlReport) -> None:
         with self._sending, contextlib.suppress(OSError):  # it is gone: whoever reads ends us
-            self._connection.send(ray_messages.encode(report))
+            self._connection.send(messages.encode(report))
 
     # --- one actor ---
 

@@ -18,19 +18,19 @@ from engine.config import EngineConfig
 from engine.startup import Progress
 from scheduler.types import InstanceId
 from serving.cluster.handle import InstanceHandle
+from serving.cluster.hosts.process import ProcessHandle
 from serving.cluster.placement import Placement
-from serving.cluster.process import ProcessHandle
-from serving.cluster.ray_control import RayControl
-from serving.cluster.ray_host import RayHost, Started
-from serving.cluster.ray_messages import Dial, Open, Opened
-from serving.cluster.reception import Reception
-from serving.cluster.session_folder import clear, make_folder, remove
-from serving.cluster.tls_context import driver_context
+from serving.cluster.ray.control import RayControl
+from serving.cluster.ray.host import RayHost, Started
+from serving.cluster.ray.messages import Dial, Open, Opened
+from serving.cluster.ray.reception import Reception
+from serving.cluster.ray.session_folder import clear, make_folder, remove
+from serving.cluster.ray.tls_context import driver_context
 from serving.errors import UserError
 from serving.listener import is_loopback
 
 if TYPE_CHECKING:
-    from serving.cluster.certificates import Authority
+    from serving.cluster.ray.certificates import Authority
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,6 @@ class RaySession:
 
 
 def _new_authority() -> Authority:
-    from serving.cluster.certificates import Authority  # its library is slow to import
+    from serving.cluster.ray.certificates import Authority  # its library is slow to import
 
     return Authority()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 import tempfile
 
-from serving.cluster.ray_messages import Tls
+from serving.cluster.ray.messages import Tls
 
 DRIVER = "driver.hocket.internal"  # what the certificate of the API process is for
 INSTANCE = "instance.hocket.internal"

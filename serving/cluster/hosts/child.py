@@ -18,11 +18,11 @@ from typing import IO, Self
 
 from engine.config import EngineConfig
 from engine.messages import Begin
-from serving.cluster import wire
-from serving.cluster.frames import frame
+from serving.cluster.hosts import wire
+from serving.cluster.hosts.frames import frame
 
 PROGRAM = ("-m", "serving.instance")
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 
 
 class Child:

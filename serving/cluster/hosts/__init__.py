@@ -1,0 +1,1 @@
+"""Where an instance runs: handles, the hosts of its program, and what they say to each other."""

@@ -1,0 +1,1 @@
+"""Instances as Ray actors: the session, its control process, and the data plane beside it."""
