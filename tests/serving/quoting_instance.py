@@ -16,10 +16,10 @@ FAILS, BREAKS = "this one fails", "this one breaks the instance"
 # For `starting_server(prelude=...)`: be served by such an instance.
 PRELUDE = """
 from serving.cluster.hosts.child import Child
-from serving.cluster.hosts.process import ProcessHandle
+from serving.cluster.hosts.child_host import ChildHost
 program = ("-m", "tests.serving.quoting_instance")
 Child.__init__.__defaults__ = (program,)
-ProcessHandle.__init__.__kwdefaults__["program"] = program
+ChildHost.__init__.__defaults__ = (None, program)
 """
 
 

@@ -226,11 +226,13 @@ def test_times_are_told_on_demand():
     async def scenario(server):
         answer = await server.complete(return_metrics=True)
         metrics = answer.json()["metrics"]
-        assert metrics["queue_time_ms"] == 500.0
+        assert (
+            500.0 <= metrics["queue_time_ms"] < 600.0
+        )  # of the instance, and a little of the router
         assert metrics["generation_time_ms"] > 0
         assert metrics["mean_itl_ms"] == pytest.approx(metrics["generation_time_ms"] / 3, abs=0.01)
         assert re.match(
-            r"intake;dur=[1-9.][0-9.]*, queue;dur=500.0, prefill;dur=",
+            r"intake;dur=[1-9.][0-9.]*, queue;dur=5[0-9.]+, prefill;dur=",
             answer.headers["server-timing"],
         )
         *_, last = (await server.chat(return_metrics=True, stream=True)).events()

@@ -45,7 +45,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                env=_environment(),
+                env=environment(),
                 start_new_session=own_session,
             )
         except OSError:
@@ -112,7 +112,7 @@ class Child:
         self.close()
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return our own with what makes the child import the very code that runs here."""
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     if _ROOT.name not in ("site-packages", "dist-packages"):  # where it is found anyway

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 
+from serving.cluster.hosts.child import environment
 from serving.errors import UserError
 
 CONNECT_S = 5.0
@@ -37,10 +37,10 @@ def checked_address(address: str) -> str:
 
 def asks_for_a_token(address: str) -> bool:
     """Try it without one, in another process: Ray reads the environment once."""
-    environment = {name: value for name, value in os.environ.items() if "RAY_AUTH" not in name}
+    ours = {name: value for name, value in environment().items() if "RAY_AUTH" not in name}
     done = subprocess.run(  # noqa: S603 (our own program)
         [sys.executable, "-P", *_STRANGER, address],
-        env={**environment, "RAY_AUTH_MODE": "disabled", CONNECT_LIMIT[0]: CONNECT_LIMIT[1]},
+        env={**ours, "RAY_AUTH_MODE": "disabled", CONNECT_LIMIT[0]: CONNECT_LIMIT[1]},
         timeout=_STRANGER_S,
         check=False,
     )
