@@ -121,6 +121,11 @@ class Metrics:
         self._store.expire(instance_id)
         self._views.pop(instance_id, None)
 
+    def instance_removed(self, instance_id: InstanceId) -> None:
+        """An instance was taken out by plan: that it is not up is no fault."""
+        self._views.pop(instance_id, None)
+        self._store.forget(instance_id)
+
     def step(
         self,
         instance_id: InstanceId,

@@ -158,6 +158,7 @@ class ClusterDriver:
         if incarnation is not None:
             self._lose(instance_id, was_ours=True)
             incarnation.is_empty.set()
+            self._metrics.instance_removed(instance_id)
             await incarnation.handle.stop()
 
     def instances(self) -> list[InstanceStatus]:

@@ -104,6 +104,14 @@ class MetricStore:
                 else:
                     cells[labels].set(0)
 
+    def forget(self, instance_id: str) -> None:
+        """An instance is not to come back: it has no gauges; what was counted stays counted."""
+        for metric in self._metrics.values():
+            if metric.kind == "gauge" and "instance" in metric.labels:
+                place, cells = metric.labels.index("instance"), self._numbers[metric.name]
+                for labels in [labels for labels in cells if labels[place] == instance_id]:
+                    del cells[labels]
+
     def total(self, name: str) -> float:
         """Return the sum of a counter or gauge over all its labels."""
         return sum(cell.value for cell in self._numbers[name].values())

@@ -230,8 +230,12 @@ def test_an_instance_that_is_drained_runs_empty_and_gets_nothing():
         drained = await draining
         assert drained.num_moved == 0
         assert metrics._store.number("dispatches", A).value == 1
+        assert 'hocket_instance_up{instance="a"' in metrics.render().decode()
         await driver.remove_instance(A)
         assert [each.instance_id for each in driver.instances()] == [B]
+        page = metrics.render().decode()
+        assert 'hocket_instance_up{instance="a"' not in page, "nobody is to be alarmed"
+        assert 'hocket_dispatches_total{instance="a"' in page
         await driver.stop()
 
     asyncio.run(run())
