@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: serve test check fmt bench exact invariant fuzz replay overload faults mutants clients system schemathesis clean
+.PHONY: serve test check fmt bench exact invariant fuzz replay overload faults kills mutants clients system schemathesis clean
 
 serve: $(VENV)/serve.stamp ## serve SmolLM2-135M-Instruct on http://127.0.0.1:8000 (ARGS="..." adds flags)
 	@$(BIN)/hocket serve $(ARGS)
@@ -24,12 +24,13 @@ fmt: $(VENV)/dev.stamp ## format and mend what a machine can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/dev.stamp ## micro-benchmarks: planning and dispatch time, fragmentation, startup by phase, steps of the real model
+bench: $(VENV)/dev.stamp ## micro-benchmarks: planning and dispatch time, fragmentation, startup by phase, what the stack costs, steps of the real model
 	$(BIN)/python -m tests.bench.planning
 	$(BIN)/python -m tests.bench.dispatch
 	$(BIN)/python -m tests.bench.burst
 	$(BIN)/python -m tests.bench.fragmentation
 	$(BIN)/python -m tests.bench.startup
+	$(BIN)/python -m tests.bench.stack_cost
 	$(BIN)/python -m tests.bench.step_cost
 
 exact: $(VENV)/dev.stamp ## compare every forced position with transformers (minutes)
@@ -51,6 +52,12 @@ overload: $(VENV)/dev.stamp ## goodput at 10 times the capacity, clients that ha
 
 faults: $(VENV)/dev.stamp ## kill and freeze the process of the model under load, 50 times (3 minutes)
 	$(BIN)/python -m tests.bench.instance_faults $(ARGS)
+
+kills: $(VENV)/dev.stamp ## kill, restart and behead two instances under load; each stream judged to the token (25 minutes)
+	$(BIN)/python -m tests.bench.kills $(ARGS)
+	$(BIN)/python -m tests.bench.kills --num 20 --model smollm2-135m --clients 4 $(ARGS)
+	$(BIN)/python -m tests.bench.rolling $(ARGS)
+	$(BIN)/python -m tests.bench.rolling --head $(ARGS)
 
 mutants: $(VENV)/dev.stamp ## plant known bugs in copies of the tree, and see that the tests find each (minutes)
 	$(BIN)/python -m tests.mutants $(ARGS)
