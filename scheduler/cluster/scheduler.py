@@ -41,7 +41,6 @@ from scheduler.cluster.ledger import Ledger
 from scheduler.cluster.queue import Assignment, Queue, able, fits_nowhere, max_num_tokens
 from scheduler.cluster.suspicion import Fingerprint, Suspicion, fingerprint
 from scheduler.config import ClusterConfig
-from scheduler.load import InstanceView
 from scheduler.types import InstanceId, RejectReason, RequestId, RequestSpec
 
 
@@ -105,12 +104,6 @@ class ClusterScheduler:
     def ledgers(self) -> dict[InstanceId, Ledger]:
         """Return what is known of each instance that is up, to be read only."""
         return dict(self._instances)
-
-    def views(self) -> dict[InstanceId, InstanceView]:
-        """Return the last report of each instance."""
-        return {
-            key: ledger.view for key, ledger in self._instances.items() if ledger.view is not None
-        }
 
     def state(self) -> dict[str, Any]:
         """Return what is decided so far as plain data for people, of no fixed form."""
