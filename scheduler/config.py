@@ -46,6 +46,7 @@ class ClusterConfig:
 
     dispatch: str = "freeness"
     prefix_affinity: bool = True
+    prefix_caching: bool = True  # of the instances: what they have computed need not be again
     max_num_waiting: int = 512  # beside those that may run; beyond it a request is refused
     continuation_timeout_s: float = 30.0  # that a request waits while no instance is up
     max_num_losses: int = 32  # instances that may die under one request

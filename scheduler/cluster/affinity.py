@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from scheduler.cluster.ledger import InstanceLoad
 from scheduler.types import InstanceId, RequestSpec
@@ -17,8 +17,9 @@ CHUNK_TOKENS = 64  # what a prompt is cut into; a shorter common beginning is no
 MAX_CHUNKS = 128  # of a prompt; what lies behind follows its beginning
 MAX_KEYS = 1 << 16
 # An instance may have one request more than the least loaded one, and another one for so many
-# tokens that need not be computed there.
+# tokens that need not be computed there, up to this share of those that it may run.
 TOKENS_PER_REQUEST = 128
+LEAD_SHARE = 8
 
 
 class PrefixAffinity:
@@ -46,16 +47,15 @@ class PrefixAffinity:
 
     def found(self, keys: Sequence[int]) -> dict[InstanceId, int]:
         """Return how many tokens of the prompt each instance has probably computed."""
-        found: dict[InstanceId, int] = {}
-        here: Iterable[int] = self._ids
-        for depth, key in enumerate(keys, start=1):
-            places = self._places.get(key, {})
-            here = [incarnation for incarnation in here if incarnation in places]
-            if not here:
+        found: dict[int, int] = {}
+        nowhere: dict[int, None] = {}
+        for depth in range(len(keys), 0, -1):  # who has a prompt up to here has all before
+            places = self._places.get(keys[depth - 1], nowhere)
+            for incarnation in places.keys() - found.keys():
+                found[incarnation] = depth * CHUNK_TOKENS
+            if len(found) == len(self._ids):
                 break
-            for incarnation in here:
-                found[self._ids[incarnation]] = depth * CHUNK_TOKENS
-        return found
+        return {self._ids[key]: number for key, number in found.items() if key in self._ids}
 
     def sent(self, keys: Sequence[int], instance_id: InstanceId) -> None:
         """The prompt with these keys was sent there."""
@@ -94,8 +94,8 @@ def preferred(
     most = 0
     for load in loads:
         num_tokens = found.get(load.instance_id, 0)
-        lead = load.num_requests - least
-        if not num_tokens or num_tokens < most or lead > 1 + num_tokens // TOKENS_PER_REQUEST:
+        worth = min(num_tokens // TOKENS_PER_REQUEST, load.max_num_running // LEAD_SHARE)
+        if not num_tokens or num_tokens < most or load.num_requests - least > 1 + worth:
             continue
         if num_tokens > most:
             best, most = [], num_tokens

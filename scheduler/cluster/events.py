@@ -25,6 +25,14 @@ class FirstToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Settled:
+    """`suspicion.SETTLED_TOKENS` tokens came since the request was dispatched."""
+
+    request_id: RequestId
+    instance_id: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """An instance reported the end of a request, of whatever kind."""
 
@@ -111,6 +119,7 @@ class DrainStarted:
 ClusterEvent = (
     Arrived
     | FirstToken
+    | Settled
     | Ended
     | Cancelled
     | InstanceUp

@@ -8,7 +8,7 @@ nothing is guessed from clocks.
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scheduler.cluster.events import InstanceCapacity
 from scheduler.load import InstanceView
@@ -24,6 +24,7 @@ class InstanceLoad(NamedTuple):
 
     instance_id: InstanceId
     num_requests: int
+    max_num_running: int
     num_waiting_tokens: int  # to be computed before requests that are there have a first token
     freeness: float  # in steps; may be negative
 
@@ -53,10 +54,10 @@ class Ledger:
         "_waiting_tokens",
         "assigned",
         "capacity",
-        "doubtful",
         "instance_id",
         "is_draining",
         "num_waiting_tokens",
+        "trial",
         "view",
     )
 
@@ -68,7 +69,7 @@ class Ledger:
         self.capacity = capacity
         self.view: InstanceView | None = None
         self.is_draining = False
-        self.doubtful: RequestId | None = None  # on trial here: see `suspicion`
+        self.trial: RequestId | None = None  # see `suspicion`
         self.assigned: dict[RequestId, _Entry] = {}
         self.num_waiting_tokens = 0  # of those that have no token since they were sent
         self._max_num_assigned = -(-capacity.max_num_running * (_SPARE_SHARE + 1) // _SPARE_SHARE)
@@ -104,12 +105,12 @@ class Ledger:
             _take(self._waiting_tokens, entry.rank, entry.num_tokens)
             self.num_waiting_tokens -= entry.num_tokens
             self._load = None
-        if self.doubtful == request_id:
-            self.doubtful = None
 
     def ended(self, request_id: RequestId) -> None:
         """The instance has nothing of the request any more."""
         self.began(request_id)
+        if self.trial == request_id:
+            self.trial = None
         entry = self.assigned.pop(request_id, None)
         if entry is not None:
             _take(self._num_by_rank, entry.rank, 1)
@@ -131,15 +132,27 @@ class Ledger:
     def has_room(self, rank: int) -> bool:
         """Whether a request would compute there soon; else it waits here, where it can be moved.
 
-        Those of a higher rank number do not count: the instance lets them wait, or give way. While
-        less waits than keeps it busy, a request of any length may come.
+        Those of a higher rank number do not count, up to a bound: the instance lets them wait, or
+        give way. While less waits than keeps it busy, a request of any length may come.
         """
-        if self.is_draining:
+        if self.is_draining or len(self.assigned) >= 2 * self._max_num_assigned:
             return False
         most, max_num_waiting_tokens = self._max_num_assigned, self.capacity.max_num_waiting_tokens
-        return (len(self.assigned) < most or _up_to(self._num_by_rank, rank) < most) and (
+        # All of them are few, mostly; only else is it asked whose they are.
+        if len(self.assigned) >= most and _up_to(self._num_by_rank, rank) >= most:
+            return False
+        return (
             self.num_waiting_tokens < max_num_waiting_tokens
             or _up_to(self._waiting_tokens, rank) < max_num_waiting_tokens
+        )
+
+    def is_free(self, rank: int) -> bool:
+        """Whether a request would compute there at once, and by itself be on trial."""
+        return (
+            not self.is_draining
+            and self.trial is None
+            and _up_to(self._num_by_rank, rank) < self.capacity.max_num_running
+            and not _up_to(self._waiting_tokens, rank)
         )
 
     def load(self) -> InstanceLoad:
@@ -151,8 +164,24 @@ class Ledger:
                 num_requests = 0 if view is None else view.num_running + view.num_waiting
                 num_waiting_tokens = 0
             freeness = self.freeness(dispatch=True)
-            self._load = InstanceLoad(self.instance_id, num_requests, num_waiting_tokens, freeness)
+            self._load = InstanceLoad(
+                self.instance_id,
+                num_requests,
+                self.capacity.max_num_running,
+                num_waiting_tokens,
+                freeness,
+            )
         return self._load
+
+    def state(self) -> dict[str, Any]:
+        """Return it as plain data for people, of no fixed form."""
+        return {
+            "num_assigned": len(self.assigned),
+            "num_waiting_tokens": self.num_waiting_tokens,
+            "freeness": self.freeness(),
+            "draining": self.is_draining,
+            "trial": self.trial,
+        }
 
     def freeness(self, *, dispatch: bool = False) -> float:
         """Return (M - ΣV) / B: the steps that its KV memory lasts, were it to run on as now.

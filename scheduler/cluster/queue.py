@@ -6,7 +6,10 @@ One that lost its instance keeps its place in that order, which is before all th
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 
+from scheduler.cluster.ledger import Ledger
+from scheduler.cluster.suspicion import Fingerprint, fingerprint
 from scheduler.types import InstanceId, RequestId, RequestSpec
 
 
@@ -20,7 +23,7 @@ class Assignment:
         "ordinal",
         "rank",
         "spec",
-        "strikes",
+        "suspect",
     )
 
     def __init__(self, spec: RequestSpec, rank: int, ordinal: int) -> None:
@@ -30,11 +33,17 @@ class Assignment:
         self.instance_id: InstanceId | None = None  # None: it is queued here
         self.is_cancelled = False  # its instance was told to drop it
         self.num_losses = 0  # instances that died under it
-        self.strikes = 0  # of these, since it last got a token
+        self.suspect: Fingerprint | None = None  # what it is suspected as, once that was asked
 
     @property
     def request_id(self) -> RequestId:
         return self.spec.request_id
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        if self.suspect is None:  # to hash a long prompt takes a while: once, if at all
+            self.suspect = fingerprint(self.spec)
+        return self.suspect
 
     @property
     def max_num_tokens(self) -> int:
@@ -44,6 +53,23 @@ class Assignment:
 def max_num_tokens(spec: RequestSpec) -> int:
     """Return what a request may become: prompt and answer."""
     return len(spec.prompt_token_ids) + spec.params.max_tokens
+
+
+def able(ledgers: Iterable[Ledger], request: Assignment) -> list[Ledger]:
+    """Return the instances where it can be, room or no room."""
+    return [
+        ledger
+        for ledger in ledgers
+        if ledger.capacity.fits(request.max_num_tokens)
+        and request.request_id not in ledger.assigned
+    ]
+
+
+def fits_nowhere(ledgers: Iterable[Ledger], request: Assignment) -> bool:
+    """Whether there are instances, but those that it would fit are gone."""
+    takers = [ledger for ledger in ledgers if not ledger.is_draining]
+    fitting = (ledger.capacity.fits(request.max_num_tokens) for ledger in takers)
+    return bool(takers) and not any(fitting)
 
 
 class Queue:

@@ -12,11 +12,10 @@ C4  every accepted request ends: by its instance, its client, or one Fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, assert_never
 
-from scheduler.cluster.affinity import PrefixAffinity, preferred
-from scheduler.cluster.dispatch import Choice, dispatch_policy
+from scheduler.cluster.dispatch import Dispatcher
 from scheduler.cluster.events import (
     Abort,
     Arrived,
@@ -36,15 +35,13 @@ from scheduler.cluster.events import (
     MoveAway,
     Reject,
     Reported,
+    Settled,
 )
-from scheduler.cluster.ledger import InstanceLoad, Ledger
-from scheduler.cluster.queue import Assignment, Queue, max_num_tokens
-from scheduler.cluster.suspicion import MAX_STRIKES, Quarantine, culprit
+from scheduler.cluster.ledger import Ledger
+from scheduler.cluster.queue import Assignment, Queue, able, fits_nowhere, max_num_tokens
+from scheduler.cluster.suspicion import Fingerprint, Suspicion, fingerprint
 from scheduler.config import ClusterConfig
-from scheduler.load import InstanceView
 from scheduler.types import InstanceId, RejectReason, RequestId, RequestSpec
-
-_MASK = (1 << 64) - 1
 
 
 class ClusterScheduler:
@@ -58,18 +55,15 @@ class ClusterScheduler:
     ) -> None:
         """`rank` says who comes first, as in the instances: a smaller one is earlier."""
         self.config = config or ClusterConfig()
-        self._policy = dispatch_policy(self.config.dispatch)
+        self._dispatcher = Dispatcher(self.config)
         self._rank = rank
-        self._affinity = PrefixAffinity() if self.config.prefix_affinity else None
         self._instances: dict[InstanceId, Ledger] = {}
         self._requests: dict[RequestId, Assignment] = {}
         self._queue = Queue()
-        self._doubtful: dict[RequestId, Assignment] = {}  # queued too, to be tried one at a time
-        self._quarantine = Quarantine()
+        self._doubtful: dict[RequestId, Assignment] = {}  # queued too, to be put on trial
+        self._suspicion = Suspicion()
         self._draining = False
         self._num_arrivals = 0
-        self._num_dispatches = 0
-        self._last: InstanceId | None = None
         self._alone_since_s: float | None = None  # no instance takes requests
 
     # --- what others may know ---
@@ -111,33 +105,20 @@ class ClusterScheduler:
         """Return what is known of each instance that is up, to be read only."""
         return dict(self._instances)
 
-    def views(self) -> dict[InstanceId, InstanceView]:
-        """Return the last report of each instance."""
-        return {
-            key: ledger.view for key, ledger in self._instances.items() if ledger.view is not None
-        }
-
     def state(self) -> dict[str, Any]:
         """Return what is decided so far as plain data for people, of no fixed form."""
+        waiting = [*self._queue.all(), *self._doubtful.values()]
         return {
             "draining": self._draining,
-            "instances": {
-                instance_id: {
-                    "num_assigned": len(ledger.assigned),
-                    "num_waiting_tokens": ledger.num_waiting_tokens,
-                    "freeness": ledger.freeness(),
-                    "draining": ledger.is_draining,
-                }
-                for instance_id, ledger in self._instances.items()
-            },
+            "instances": {key: ledger.state() for key, ledger in self._instances.items()},
             "assigned": {
                 key: request.instance_id
                 for key, request in self._requests.items()
                 if request.instance_id is not None
             },
-            "queued": [request.request_id for request in self._queue.all()],
+            "queued": [request.request_id for request in waiting],
             "doubtful": list(self._doubtful),
-            "num_quarantined": len(self._quarantine),
+            "num_quarantined": self._suspicion.num_quarantined,
         }
 
     # --- events ---
@@ -150,7 +131,7 @@ class ClusterScheduler:
                 if instance_id in self._instances:
                     self._instances[instance_id].report(view)
                 return actions  # room is made by first tokens and ends
-            case Arrived() | FirstToken() | Ended() | Cancelled():
+            case Arrived() | FirstToken() | Settled() | Ended() | Cancelled():
                 actions += self._take_request(event, now)
             case InstanceUp() | InstanceDown() | InstanceDraining() | MoveAway():
                 actions += self._take_instance(event, now)
@@ -165,7 +146,7 @@ class ClusterScheduler:
         return actions
 
     def _take_request(
-        self, event: Arrived | FirstToken | Ended | Cancelled, now: float
+        self, event: Arrived | FirstToken | Settled | Ended | Cancelled, now: float
     ) -> Iterator[ClusterAction]:
         match event:
             case Arrived(spec):
@@ -176,6 +157,8 @@ class ClusterScheduler:
                     yield Reject(spec.request_id, refusal)
             case FirstToken(request_id, instance_id):
                 self._began(request_id, instance_id)
+            case Settled(request_id, instance_id) if self.owner(request_id) == instance_id:
+                self._settle(self._requests[request_id], self._instances[instance_id])
             case Ended(request_id, instance_id):
                 self._ended(request_id, instance_id)
             case Cancelled():
@@ -208,7 +191,9 @@ class ClusterScheduler:
             return RejectReason.NO_INSTANCE
         if spec.request_id in self._requests:
             return RejectReason.DUPLICATE_ID
-        if self._quarantine.holds(spec, now):
+        if self._suspicion.num_quarantined and self._suspicion.is_quarantined(
+            fingerprint(spec), now
+        ):
             return RejectReason.QUARANTINED
         num_tokens = max_num_tokens(spec)
         ledgers = self._instances.values()
@@ -231,15 +216,29 @@ class ClusterScheduler:
     def _began(self, request_id: RequestId, instance_id: InstanceId) -> None:
         request = self._requests.get(request_id)
         if request is not None and request.instance_id == instance_id:
-            request.strikes = 0
-            self._instances[instance_id].began(request_id)
+            ledger = self._instances[instance_id]
+            ledger.began(request_id)
+            if not self._suspicion.is_empty():
+                self._suspicion.got_token(request.fingerprint)
+                if ledger.trial == request_id and not self._is_doubtful(request):
+                    ledger.trial = None
+
+    def _settle(self, request: Assignment, ledger: Ledger) -> None:
+        """It is suspected no more, and on trial neither."""
+        if not self._suspicion.is_empty():
+            self._suspicion.settled(request.fingerprint)
+        if ledger.trial == request.request_id:
+            ledger.trial = None
 
     def _ended(self, request_id: RequestId, instance_id: InstanceId) -> None:
-        if instance_id in self._instances:
-            self._instances[instance_id].ended(request_id)
-        request = self._requests.get(request_id)
+        ledger, request = self._instances.get(instance_id), self._requests.get(request_id)
+        if ledger is None:
+            return
         if request is not None and request.instance_id == instance_id:
+            if not request.is_cancelled:
+                self._settle(request, ledger)
             del self._requests[request_id]
+        ledger.ended(request_id)
 
     def _cancel(self, event: Cancelled) -> Iterator[ClusterAction]:
         request = self._requests.get(event.request_id)
@@ -264,35 +263,40 @@ class ClusterScheduler:
         ledger = self._instances.pop(instance_id, None)
         if ledger is None:
             return
-        if self._affinity is not None:
-            self._affinity.forget(instance_id)
+        self._dispatcher.forget(instance_id)
         yield from self._bereave(ledger, now, was_ours=was_ours)
 
     def _bereave(self, ledger: Ledger, now: float, *, was_ours: bool) -> Iterator[ClusterAction]:
-        """Have requests that lost their instance go on, but for those that it may have died of."""
-        lost, blamed = self._owned(ledger), None
-        if not was_ours:
-            for request in lost:
-                request.num_losses += 1
-            if len(lost) == len(ledger.assigned):  # else it may be one that was moved away
-                blamed = self._suspect(lost, now)
+        """Have requests that lost their instance go on, but for what it died of."""
+        lost = self._owned(ledger)
         for request in lost:
-            if request.is_cancelled:  # nobody waits for it, but it may have been the one
+            request.num_losses += not was_ours
+            if request.is_cancelled:  # nobody waits for it
                 del self._requests[request.request_id]
-            elif request is blamed:
-                yield self._fail(request, FailReason.QUARANTINED)
             elif request.num_losses > self.config.max_num_losses:
                 yield self._fail(request, FailReason.TOO_MANY_LOSSES)
             else:
                 self._interrupt(request)
+        # One that was moved away and is not let go of may be what it died of, too.
+        if not was_ours and len(lost) == len(ledger.assigned):
+            self._suspicion.died((request.fingerprint for request in lost), now)
+            for request in lost:
+                if request.request_id == ledger.trial:
+                    yield from self._condemn_if_guilty(request.fingerprint, now)
 
-    def _suspect(self, lost: list[Assignment], now: float) -> Assignment | None:
-        for request in lost:
-            request.strikes += 1
-        blamed = culprit((request, request.strikes) for request in lost)
-        if blamed is not None:
-            self._quarantine.add(blamed.spec, now)
-        return blamed
+    def _condemn_if_guilty(self, key: Fingerprint, now: float) -> Iterator[ClusterAction]:
+        """End all that runs, or would run, of what brought down its instance on trial."""
+        if not self._suspicion.died_on_trial(key, now):
+            return
+        for request in list(self._requests.values()):
+            if request.fingerprint != key or request.is_cancelled:
+                continue
+            yield Fail(request.request_id, FailReason.QUARANTINED)
+            if request.instance_id is None:
+                self._forget_queued(request)
+            else:
+                request.is_cancelled = True
+                yield Abort(request.request_id, request.instance_id)
 
     def _move_away(self, ledger: Ledger) -> Iterator[ClusterAction]:
         for request in self._owned(ledger):
@@ -313,10 +317,7 @@ class ClusterScheduler:
     def _interrupt(self, request: Assignment) -> None:
         """Queue a request that was running, to go on from what its client has."""
         request.instance_id = None
-        if request.strikes >= MAX_STRIKES:
-            self._doubtful[request.request_id] = request
-        else:
-            self._queue.push(request)
+        self._queue.push(request)
 
     def _fail(self, request: Assignment, reason: FailReason) -> Fail:
         del self._requests[request.request_id]
@@ -334,67 +335,65 @@ class ClusterScheduler:
     # --- dispatch ---
 
     def _dispatches(self) -> Iterator[ClusterAction]:
-        for request in list(self._doubtful.values()):
-            candidates = self._candidates(request)
-            if candidates:
-                del self._doubtful[request.request_id]
-                yield self._dispatch(request, candidates)
-            elif self._fits_nowhere(request):
-                del self._doubtful[request.request_id]
-                yield self._fail(request, FailReason.NO_INSTANCE)
+        reserved = yield from self._trials()
         while (head := self._queue.head()) is not None:
-            candidates = self._candidates(head)
+            if self._is_doubtful(head):
+                self._queue.discard(head)
+                self._doubtful[head.request_id] = head
+                reserved = yield from self._trials()
+                continue
+            is_held = reserved is not None and reserved <= head.rank
+            candidates = [
+                ledger
+                for ledger in able(self._instances.values(), head)
+                if ledger.has_room(head.rank) and not (is_held and ledger.trial is None)
+            ]
             if candidates:
                 self._queue.discard(head)
                 yield self._dispatch(head, candidates)
-            elif self._fits_nowhere(head):  # it is not to hold up those behind it
+            elif fits_nowhere(
+                self._instances.values(), head
+            ):  # it is not to hold up those behind it
                 self._queue.discard(head)
                 yield self._fail(head, FailReason.NO_INSTANCE)
             else:
                 return
 
-    def _candidates(self, request: Assignment) -> list[Ledger]:
-        """Return the instances that may get it now."""
-        is_doubtful = request.strikes >= MAX_STRIKES
-        return [
-            ledger
-            for ledger in self._instances.values()
-            if ledger.has_room(request.rank)
-            and request.request_id not in ledger.assigned
-            and not (is_doubtful and ledger.doubtful is not None)
-            and ledger.capacity.fits(request.max_num_tokens)
-        ]
+    def _trials(self) -> Generator[ClusterAction, None, int | None]:
+        """Put on trial whom an instance is free for; return the first rank that must wait for one.
 
-    def _fits_nowhere(self, request: Assignment) -> bool:
-        """Whether those instances that it would fit are gone."""
-        ledgers = [ledger for ledger in self._instances.values() if not ledger.is_draining]
-        fitting = (ledger.capacity.fits(request.max_num_tokens) for ledger in ledgers)
-        return bool(ledgers) and not any(fitting)
+        Until then nobody of that rank or behind it goes to an instance that could have a trial, or
+        it would never be free.
+        """
+        reserved: int | None = None
+        on_trial = {ledger.trial for ledger in self._instances.values()} - {None}
+        tried = {self._requests[one].fingerprint for one in on_trial if one in self._requests}
+        for request in list(self._doubtful.values()):
+            if not self._is_doubtful(request):
+                del self._doubtful[request.request_id]
+                self._queue.push(request)
+            elif request.fingerprint not in tried:
+                fitting = able(self._instances.values(), request)
+                candidates = [ledger for ledger in fitting if ledger.is_free(request.rank)]
+                if candidates:
+                    del self._doubtful[request.request_id]
+                    tried.add(request.fingerprint)
+                    dispatch = self._dispatch(request, candidates)
+                    self._instances[dispatch.instance_id].trial = request.request_id
+                    yield dispatch
+                elif fits_nowhere(self._instances.values(), request):
+                    del self._doubtful[request.request_id]
+                    yield self._fail(request, FailReason.NO_INSTANCE)
+                else:
+                    reserved = request.rank if reserved is None else min(reserved, request.rank)
+        return reserved
+
+    def _is_doubtful(self, request: Assignment) -> bool:
+        suspicion = self._suspicion
+        return not suspicion.is_empty() and suspicion.is_doubtful(request.fingerprint)
 
     def _dispatch(self, request: Assignment, candidates: list[Ledger]) -> Dispatch:
-        loads: Sequence[InstanceLoad] = [ledger.load() for ledger in candidates]
-        spec = request.spec
-        keys: list[int] = []
-        if self._affinity is not None and len(self._instances) > 1:
-            keys = self._affinity.keys(spec)
-            loads = preferred(loads, self._affinity.found(keys))
-        self._num_dispatches += 1
-        draw = _mixed(self.config.seed + self._num_dispatches)
-        instance_id = self._policy(Choice(loads, self._last, draw))
-        self._last = instance_id
-        if self._affinity is not None:
-            self._affinity.sent(keys, instance_id)
-        request.instance_id = instance_id
-        ledger = self._instances[instance_id]
-        ledger.send(spec.request_id, request.rank, len(spec.prompt_token_ids))
-        if request.strikes >= MAX_STRIKES:
-            ledger.doubtful = spec.request_id
-        return Dispatch(spec, instance_id)
-
-
-def _mixed(number: int) -> int:
-    """Return 64 bits that look random: splitmix64 (Steele et al., OOPSLA 2014)."""
-    x = (number * 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+        ledger, num_tokens = self._dispatcher.choose(request.spec, candidates)
+        request.instance_id = ledger.instance_id
+        ledger.send(request.request_id, request.rank, num_tokens)
+        return Dispatch(request.spec, ledger.instance_id)

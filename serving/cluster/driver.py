@@ -330,6 +330,7 @@ class ClusterDriver:
         assert stream is not None, f"{request_id} has no client"
         stream.marks.dispatched(self._clock())
         stream.awaits_token = True
+        stream.num_brought_tokens = stream.num_tokens
         submit = messages.Submit(action.spec, tuple(stream.token_ids))
         self._instances[action.instance_id].handle.send(submit)
         self._metrics.dispatched(action.instance_id, is_replay=stream.was_dispatched)

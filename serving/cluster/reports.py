@@ -10,7 +10,15 @@ import logging
 from collections.abc import Callable
 
 from engine.messages import StepEvents
-from scheduler.cluster.events import Cancelled, ClusterEvent, Ended, FirstToken, Reported
+from scheduler.cluster.events import (
+    Cancelled,
+    ClusterEvent,
+    Ended,
+    FirstToken,
+    Reported,
+    Settled,
+)
+from scheduler.cluster.suspicion import SETTLED_TOKENS
 from scheduler.types import (
     FinishedEvent,
     FinishReason,
@@ -117,6 +125,8 @@ class StepReports:
         if stream.awaits_token:
             stream.awaits_token = False
             self._tell(FirstToken(event.request_id, instance_id))
+        if event.output_index == stream.num_brought_tokens + SETTLED_TOKENS - 1:
+            self._tell(Settled(event.request_id, instance_id))
         if stream.has_readers:
             gap_s = stream.marks.token(now)
             if gap_s is None:

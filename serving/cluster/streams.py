@@ -76,6 +76,7 @@ class RequestStream:
         self.token_ids: list[int] = []  # delivered, of all its lives
         self.was_dispatched = False  # to an instance, so that another would be a replay
         self.awaits_token = False  # since it was handed to an instance
+        self.num_brought_tokens = 0  # when it was handed to an instance
         self.num_cached_tokens = 0  # of the prompt; known when it has started
         self.prompt_logprobs: list[Logprobs] = []  # of the second token of the prompt and on
         self.finish_reason: FinishReason | None = None

@@ -3,9 +3,9 @@
     python -m tests.bench.kills [--num 200] [--model smollm2-135m] [--clients 8] [--seed 0]
 
 Two instances; one is killed (SIGKILL) at a time, at a random moment, and the next one when both are
-up again. Greedy, seeded, penalties, stop strings, log-probabilities and n = 2, each answer known
-from before the first kill. Pause: the gap in a stream that went on elsewhere. Ends with 1 if a
-stream failed or differs in any token, score, reason or count.
+up again. Greedy, seeded, penalties, stop strings, log-probabilities, n = 2, echo, chat and whole
+answers, each known from before the first kill. Pause: the gap in a stream that went on elsewhere.
+Ends with 1 if an answer failed or differs in any token, score, reason or count.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import statistics
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import Any
 
 import aiohttp
 
-from tests.bench.judged import Clients, bodies, known, longest_gaps
+from tests.bench.judged import Clients, known, open_at, questions
 from tests.serving.servers import RunningServer, running_server
 
 _PATIENCE_S = 120.0
@@ -62,38 +62,38 @@ async def measure(server: RunningServer, args: argparse.Namespace) -> int:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         lengths = (30, 120) if args.model is None else (24, 64)
-        asked = bodies(rng, lengths, num_of_each=4)
+        max_words = 120 if args.model is None else 60
+        asked = questions(rng, lengths, max_words, num_of_each=3)
         pairs = await known(session, server.url, asked)
         clients = Clients(session, server.url, pairs, rng)
         running = asyncio.create_task(clients.run(args.clients))
         pauses: list[float] = []
-        num_replays = 0.0
         for turn in range(args.num):
             pids = await both_up(session, server)
             await asyncio.sleep(rng.uniform(0.05, args.interval))
-            before = await metric(session, server, "hocket_request_replays_total")
             victim = rng.choice(sorted(pids))
             killed_s = time.monotonic()
             os.kill(pids[victim], signal.SIGKILL)
             await asyncio.sleep(0.2)
             await both_up(session, server)
-            after = await metric(session, server, "hocket_request_replays_total")
             pauses.append(killed_s)
-            num_replays += after - before
             if turn % 20 == 19:
                 print(f"  {turn + 1} kills, {sum(clients.outcomes.values())} streams", flush=True)
         clients.end()
         await running
         replays = int(await metric(session, server, "hocket_request_replays_total"))
-    gaps = []
+    gaps: list[float] = []
+    kinds: Counter[str] = Counter()
     for at_s in pauses:
-        found = longest_gaps(clients.told, at_s)
+        found = sorted(open_at(clients.told, at_s), key=lambda each: -each[1])
+        kinds.update(kind for kind, _ in found)
         # About half of the open streams were on the instance that was killed.
-        gaps += found[: max(1, len(found) // 2)]
+        streams = [gap for kind, gap in found if kind != "whole"]
+        gaps += streams[: max(1, len(streams) // 2)]
     print(f"{args.num} kills, seed {args.seed}; {replays} replays in all")
     for outcome, count in clients.outcomes.most_common():
         print(f"  {count:6}  {outcome}")
-    print("  of kind  " + ", ".join(f"{name} {n}" for name, n in clients.kinds.most_common()))
+    print("  open at a kill  " + ", ".join(f"{name} {n}" for name, n in kinds.most_common()))
     cuts = statistics.quantiles(gaps, n=100)
     print(
         f"  gap at a kill, longer half of the open streams: p50 {cuts[49] * 1e3:.0f} ms, "

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.bench.judged import Clients, bodies, known
+from tests.bench.judged import Clients, known, questions
 from tests.serving.servers import RunningServer, running_server
 
 
@@ -63,7 +63,7 @@ async def measure(server: RunningServer, args: argparse.Namespace) -> int:
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        pairs = await known(session, server.url, bodies(rng, (10, 60), num_of_each=4))
+        pairs = await known(session, server.url, questions(rng, (10, 60), 40, num_of_each=3))
         clients = Clients(session, server.url, pairs, rng)
         start_s = time.monotonic()
         if args.head:

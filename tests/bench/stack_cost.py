@@ -2,7 +2,7 @@
 
     python -m tests.bench.stack_cost [--rounds 3] [--num 64] [--seed 0]
 
-Arms, in the order A-B-B-A in each round: (A) the driver with the instance in this very process and
+Arms, in the order A-B-B-A in each round: (A) the driver with both instances in this process and
 no HTTP; (B) `hocket serve --instances 2` over HTTP. Both run the checksum executor with steps of
 exactly 20 ms. A closed loop of 1, 8, 32 clients; streams of 16 to 48 tokens and a random moment
 between them, or else all clients march in step with each other and with the instance. Ends with 1
@@ -58,7 +58,7 @@ async def in_process(driver: ClusterDriver, prompt: str, num_tokens: int) -> Tim
         params=SamplingParams(max_tokens=num_tokens),
     )
     times = [time.perf_counter() async for _ in driver.submit([spec], []).deltas()]
-    return _times(start_s, times[:num_tokens])
+    return _times(start_s, times, num_tokens)
 
 
 class Connections:
@@ -83,19 +83,23 @@ class Connections:
         start_s = time.perf_counter()
         writer.write(head.encode() + body)
         times: list[float] = []
-        is_over = False
-        while not is_over:
+        received = b""
+        while not received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
             data = await reader.read(1 << 16)
+            now = time.perf_counter()
             assert data, "the server hung up"
-            times += [time.perf_counter()] * data.count(b"data: {")
-            is_over = data.endswith(b"0\r\n\r\n")
-        assert len(times) >= num_tokens, "an error, or too few tokens"
+            num_before = received.count(b"data: {")
+            received += data
+            times += [now] * (received.count(b"data: {") - num_before)
+        assert received.startswith(b"HTTP/1.1 200 "), received[:500]
+        assert b'"error"' not in received, received[-500:]
         self._free.append(connection)
-        return _times(start_s, times[:num_tokens])
+        return _times(start_s, times, num_tokens)
 
 
-def _times(start_s: float, times: list[float]) -> Times:
-    return Times(times[0] - start_s, (times[-1] - times[0]) / (len(times) - 1))
+def _times(start_s: float, times: list[float], num_tokens: int) -> Times:
+    """What came late may have come with what was next."""
+    return Times(times[0] - start_s, (times[-1] - times[0]) / (num_tokens - 1))
 
 
 async def load(ask: Ask, concurrency: int, num: int, rng: random.Random) -> list[Times]:
@@ -118,7 +122,8 @@ async def measure(url: str, args: argparse.Namespace) -> int:
     config = EngineConfig(model_name="fake", model_folder=None, fake_step_s=STEP_S)
     build = partial(build_engine, config, StartupTimes(NoProgress()))
     driver = ClusterDriver(ClusterScheduler(), _CODEC, Metrics("fake"))
-    await driver.start(InProcessHandle(InstanceId("i0"), build))
+    for number in range(args.instances):
+        await driver.start(InProcessHandle(InstanceId(f"i{number}"), build))
     arms: dict[str, Ask] = {"A": partial(in_process, driver), "B": Connections(url).ask}
     is_over = False
     for arm in arms.values():

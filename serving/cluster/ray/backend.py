@@ -33,6 +33,7 @@ from serving.cluster.ray.address import (
     asks_for_a_token,
     checked_address,
 )
+from serving.cluster.ray.environment import OF_OUR_SESSION, forget_other_clusters
 from serving.cluster.ray.messages import (
     CannotOpen,
     ControlReport,
@@ -57,19 +58,6 @@ _ROOM_S = 30.0  # for what holds the room to let go of it
 _WORKER_S = 120.0  # for Ray to start the process, where there is room
 _GOODBYE_S = 3.0  # for a cluster to take back what it lent
 _MAX_WORDS_CHARS = 400
-_FOR_EVER = "604800"  # seconds: a week
-_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # No worker before it is asked for: each is 80 MB.
-    "RAY_enable_worker_prestart": "0",
-    "RAY_prestart_worker_first_driver": "0",
-    # What it would kill are instances, whose memory is bounded; the kernel has the last word.
-    "RAY_memory_monitor_refresh_ms": "0",
-    # Else all workers end a minute after the head, and a second after the raylet.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": _FOR_EVER,
-    "RAY_raylet_death_check_interval_milliseconds": f"{_FOR_EVER}000",
-}
 
 
 def main() -> NoReturn:
@@ -82,6 +70,9 @@ def main() -> NoReturn:
     arguments = parser.parse_args()
     if arguments.stranger_at is not None:
         _be_a_stranger(arguments.stranger_at)
+    # Ray has the workers import what lies where its driver stands, before our own code: stand where
+    # nobody else can put anything, on whatever machine.
+    os.chdir("/")
     api = socket.socket(fileno=arguments.fd)
     api.set_inheritable(False)
     connection = FrameConnection(api)
@@ -225,12 +216,11 @@ class _Backend:
 def _own_session(order: Open) -> tuple[Any, Opened]:
     """Start what Ray needs on this machine, for us alone: nobody else can reach it."""
     folder = Path(order.folder)
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        del os.environ[name]  # they are about another cluster
+    forget_other_clusters()
     token = folder / f"{order.name}.token"
     with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
-    os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN_PATH=str(token))
+    os.environ.update(OF_OUR_SESSION, RAY_AUTH_TOKEN_PATH=str(token))
     import ray
     from ray._private import ray_constants, services
     from ray._private.node import Node

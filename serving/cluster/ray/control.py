@@ -171,6 +171,8 @@ class RayControl:
 
     def _lose(self) -> None:
         loop = asyncio.get_running_loop()
+        if self._opened is not None and self._opened.done():
+            log.warning("Ray's control process has ended; instances that are up go on")
         self._burying = loop.create_task(self._bury(_LOST_S, self.kept()))
         if self._opened is not None and not self._opened.done():
             cause = f"Ray's control process ended: {self._output.last_line or 'it said nothing'}"
