@@ -119,7 +119,9 @@ def status(*, admin: _Admin = _ADMIN, json: bool = False) -> None:
 def scale(
     instances: int, /, *, admin: _Admin = _ADMIN, wait: bool = True, json: bool = False
 ) -> None:
-    """Have another number of instances: new ones start, or the highest numbers drain and end.
+    """Have another number of instances: new ones start, or some drain and end.
+
+    Those that do not serve leave first, then the highest numbers.
 
     Parameters
     ----------
