@@ -23,6 +23,7 @@ PHASES = {
     "weights": "weights",
     "kv": "KV",
     "warm_up": "warm-up",
+    "ray": "Ray",
     "model": "model",
     "server": "server",
 }

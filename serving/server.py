@@ -62,6 +62,7 @@ async def serve(
             ClusterConfig(
                 dispatch=config.dispatch,
                 prefix_affinity=config.prefix_affinity,
+                prefix_caching=config.engine.prefix_caching,
                 max_num_waiting=config.admission.max_num_waiting,
                 continuation_timeout_s=config.continuation_timeout_s,
             ),

@@ -82,7 +82,7 @@ def run_server(model: str | None, flags: ServeFlags, *, started_at_s: float) -> 
             from serving.ready import ready_block
             from serving.server import serve
         check_file_limit(config.admission.max_num_streams)
-        backend = backend_of(config, origin, progress)
+        backend = backend_of(config, origin, progress, times)
 
         def on_ready(service: Service, readies: Mapping[InstanceId, Ready]) -> None:
             seconds = service.ready.startup_s | times.seconds

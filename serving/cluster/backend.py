@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config import EngineConfig
-from engine.startup import Progress
+from engine.startup import Progress, StartupTimes
 from serving.cluster.handle import InstanceHandle
 from serving.cluster.hosts.child import Child
 from serving.cluster.hosts.child_host import ChildHost
@@ -78,15 +78,18 @@ class RayBackend:
 
     max_num_instances = MAX_INSTANCES
 
-    def __init__(self, config: ServeConfig, session: RaySession, progress: Progress) -> None:
+    def __init__(
+        self, config: ServeConfig, session: RaySession, progress: Progress, times: StartupTimes
+    ) -> None:
         self._config = config
         self._session = session
         self._progress = progress
+        self._times = times
         self._facts: RayFacts | None = None
 
     async def start(self) -> None:
-        self._progress.phase("starting Ray", None)
-        self._facts = await self._session.start()
+        with self._times.phase("ray", "starting Ray"):
+            self._facts = await self._session.start()
 
     def handle(self, number: int, incarnation: int) -> InstanceHandle:
         spec = self._config.instance(number)
@@ -127,8 +130,10 @@ def own_log(engine: EngineConfig, number: int, incarnation: int) -> EngineConfig
     return replace(engine, decision_log=next(name for name in names if not name.exists()))
 
 
-def backend_of(config: ServeConfig, origin: Child | RaySession, progress: Progress) -> Backend:
+def backend_of(
+    config: ServeConfig, origin: Child | RaySession, progress: Progress, times: StartupTimes
+) -> Backend:
     """Return the one that goes with what was started for it."""
     if isinstance(origin, Child):
         return ChildBackend(config, origin, progress)
-    return RayBackend(config, origin, progress)
+    return RayBackend(config, origin, progress, times)
