@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -152,8 +153,8 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
         from engine.kv.cache import KVCache, kv_geometry
         from engine.models.registry import load_model
     torch.set_num_threads(config.num_threads or machine.num_usable_cores())
-    if config.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise CannotStart(f"--device {config.device} is not supported", "name cpu or cuda:0")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device, re.ASCII):
+        raise CannotStart(f"--device {config.device} is not supported", "name cpu, cuda or cuda:0")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise CannotStart(
             f"--device {config.device}: this torch finds no CUDA device",

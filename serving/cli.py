@@ -87,14 +87,18 @@ _Admin = Annotated[str, Parameter(env_var="HOCKET_ADMIN_URL")]
 _ADMIN = "http://127.0.0.1:8001"
 
 
-def _operator(admin: str, *, wait: bool = True) -> Operator:
+def _operator(admin: str, *, json: bool, wait: bool = True) -> Operator:
     import os
 
     from serving.operate.client import ADMIN_KEY, AdminClient
     from serving.operate.verbs import Operator
 
     client = AdminClient(admin, os.environ.get(ADMIN_KEY))
-    return Operator(client, lambda line: print(line, flush=True), waits=wait)  # noqa: T201
+
+    def say(line: str) -> None:
+        print(line, flush=True)  # noqa: T201 (the command's result)
+
+    return Operator(client, say, waits=wait, as_json=json)
 
 
 @app.command
@@ -108,12 +112,16 @@ def status(*, admin: _Admin = _ADMIN, json: bool = False) -> None:
     json
         All that is known, for programs.
     """
-    _operator(admin).status(as_json=json)
+    _operator(admin, json=json).status()
 
 
 @app.command
-def scale(instances: int, /, *, admin: _Admin = _ADMIN, wait: bool = True) -> None:
-    """Have another number of instances: new ones start, or the highest numbers drain and end.
+def scale(
+    instances: int, /, *, admin: _Admin = _ADMIN, wait: bool = True, json: bool = False
+) -> None:
+    """Have another number of instances: new ones start, or some drain and end.
+
+    Those that do not serve leave first, then the highest numbers.
 
     Parameters
     ----------
@@ -123,12 +131,14 @@ def scale(instances: int, /, *, admin: _Admin = _ADMIN, wait: bool = True) -> No
         As for `hocket status`.
     wait
         Show how far it is until it is done. Ctrl-C ends the watching, not the work.
+    json
+        Show the change alone, for programs, when it is done.
     """
-    _operator(admin, wait=wait).scale(instances)
+    _operator(admin, json=json, wait=wait).scale(instances)
 
 
 @app.command
-def restart(*, admin: _Admin = _ADMIN, wait: bool = True) -> None:
+def restart(*, admin: _Admin = _ADMIN, wait: bool = True, json: bool = False) -> None:
     """Renew all instances, one after the other, while the others serve.
 
     Parameters
@@ -137,12 +147,16 @@ def restart(*, admin: _Admin = _ADMIN, wait: bool = True) -> None:
         As for `hocket status`.
     wait
         As for `hocket scale`.
+    json
+        As for `hocket scale`.
     """
-    _operator(admin, wait=wait).restart()
+    _operator(admin, json=json, wait=wait).restart()
 
 
 @app.command
-def drain(instance: str | None = None, /, *, admin: _Admin = _ADMIN, wait: bool = True) -> None:
+def drain(
+    instance: str | None = None, /, *, admin: _Admin = _ADMIN, wait: bool = True, json: bool = False
+) -> None:
     """Let one instance run empty, or the whole server, which then refuses new requests.
 
     Parameters
@@ -153,8 +167,10 @@ def drain(instance: str | None = None, /, *, admin: _Admin = _ADMIN, wait: bool 
         As for `hocket status`.
     wait
         As for `hocket scale`.
+    json
+        As for `hocket scale`.
     """
-    _operator(admin, wait=wait).drain(instance)
+    _operator(admin, json=json, wait=wait).drain(instance)
 
 
 bench = App(name="bench", help="Measure this machine; reports, never a verdict.")

@@ -22,6 +22,13 @@ _EXAMPLE = "write for example `instances: [{count: 2, device: cpu}]`; docs/clust
 _Positive = Annotated[int, Meta(ge=1)]
 _Amount = Annotated[float, Meta(ge=0, le=1e9)]
 _Name = Annotated[str, Meta(min_length=1)]
+_DEVICE = "^(cpu|cuda(:[0-9]{1,3})?)$"
+# What Ray takes for labels: the rules of Kubernetes.
+_LABEL_CHARS = "[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_LABEL_NAME = re.compile(f"({_LABEL_CHARS}/)?{_LABEL_CHARS}")
+_LABEL_VALUE = re.compile(f"({_LABEL_CHARS})?")
+# What Ray counts under these names has fields of its own.
+_NOT_CUSTOM = {"CPU": "cpus", "GPU": "gpus", "memory": "memory"}
 
 
 class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,7 +37,7 @@ class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     count: Annotated[int, Meta(ge=1, le=MAX_INSTANCES)] = 1
     model: _Name | None = None
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
-    device: _Name | None = None
+    device: Annotated[str, Meta(pattern=_DEVICE)] | None = None
     kv_memory: _Positive | str | None = None
     threads: _Positive | None = None
     max_num_running: _Positive | None = None
@@ -58,7 +65,7 @@ _VALUES = {
     "instances": "a list of groups, at least one",
     "count": f"a whole number, 1 to {MAX_INSTANCES}",
     "dtype": "auto, float32 or bfloat16",
-    "device": "cpu, or a CUDA device such as cuda:0",
+    "device": "cpu, cuda or a CUDA device such as cuda:0",
     "kv_memory": _SIZE,
     "threads": _COUNT,
     "max_num_running": _COUNT,
@@ -70,6 +77,7 @@ _VALUES = {
     "labels": "names with a text each, such as {gpu_type: A100}; quote what looks like a number",
     "devices": _COUNT,
 }
+_LABEL_REMEDY = "write letters, digits and `-_.` between them, 63 at most, such as {gpu_type: A100}"
 _FIELD = re.compile(r"at `\$\.(?:instances\[\d+\]\.)?(\w+)")
 
 
@@ -88,6 +96,8 @@ def read_cluster_file(path: Path) -> ClusterFile:
         read = msgspec.convert(value, ClusterFile, strict=True)
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: {_one_line(error)}", _remedy(str(error))) from error
+    for at, group in enumerate(read.instances):
+        _check_names(group, f"{path}: $.instances[{at}]")
     num_instances = sum(group.count for group in read.instances)
     if num_instances > MAX_INSTANCES:
         raise UserError(
@@ -95,6 +105,20 @@ def read_cluster_file(path: Path) -> ClusterFile:
             f"one server has at most {MAX_INSTANCES}",
         )
     return read
+
+
+def _check_names(group: InstanceGroup, where: str) -> None:
+    """Raise UserError for what Ray would take for no label, or no resource of the user's."""
+    for name, value in group.labels.items():
+        if not _LABEL_NAME.fullmatch(name):
+            raise UserError(f"{where}.labels: {name!r} is no name of a label", _LABEL_REMEDY)
+        if not _LABEL_VALUE.fullmatch(value):
+            raise UserError(f"{where}.labels.{name}: {value!r} is no label", _LABEL_REMEDY)
+    for name in group.resources.keys() & _NOT_CUSTOM.keys():
+        raise UserError(
+            f"{where}.resources: {name} is no resource of your own",
+            f"write it as `{_NOT_CUSTOM[name]}` of the group",
+        )
 
 
 def _text(path: Path) -> str:

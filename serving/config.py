@@ -25,7 +25,7 @@ class ServeFlags:
     dtype
         Computation and KV memory; auto takes the model's own where the device is good at it.
     device
-        cpu, or a CUDA device such as cuda:0.
+        cpu, cuda, or a CUDA device such as cuda:0.
     served_model_name
         The name that clients use; by default the model's.
     max_model_len
@@ -67,7 +67,7 @@ class ServeFlags:
         Seconds after which a client that reads nothing of its stream loses it.
     watchdog_timeout
         Seconds that an instance with requests may take for a step; then it is ended and started
-        again, and its requests fail.
+        again. Its requests go on elsewhere, or on the new one.
     fake
         Serve the checksum executor instead of a model: no torch, step times from a cost table.
     fake_step
@@ -97,8 +97,8 @@ class ServeFlags:
         File of API keys, one `tenant: key` a line, that other users may not read. It is read again
         when it changes. HOCKET_API_KEYS does the same, with commas between the entries.
     admin_port
-        Port on 127.0.0.1 for operators: drain, and the state of the scheduler. 0 takes a free one;
-        by default there is none.
+        Port on 127.0.0.1 for operators, and for `hocket status`, `scale`, `restart` and `drain`. 0
+        takes a free one; by default there is none.
     admin_keys
         File of operators' keys, like --api-keys, or HOCKET_ADMIN_KEYS; needed if the API has keys.
     allowed_hosts

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from serving.api.app import bare_app
+from serving.api.json_limits import JsonRoute
 from serving.api.responses import json_response
 from serving.api.service import Service
 from serving.api.version import VERSION
 from serving.cluster.change import Change
 from serving.cluster.fleet import Fleet
+from serving.errors import InvalidRequest
 from serving.ports import PortRules
 
 _TIMEOUT_S = 5.0
@@ -33,7 +35,11 @@ class _Scale(BaseModel):
 class _Drain(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    instance: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    instance: Annotated[str, Field(min_length=1, max_length=100)] = ""  # none: the whole server
+
+
+class _Restart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def create_admin_app(
@@ -48,7 +54,7 @@ def create_admin_app(
 
 
 def _fleet_routes(service: Service, fleet: Fleet, session: Mapping[str, Any] | None) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute, dependencies=[Depends(_no_query)])
 
     @routes.get("/admin/status")
     async def status() -> Response:
@@ -70,7 +76,7 @@ def _fleet_routes(service: Service, fleet: Fleet, session: Mapping[str, Any] | N
         return _begun(fleet.scale(body.instances))
 
     @routes.post("/admin/restart", status_code=202)
-    async def restart() -> Response:
+    async def restart(_: _Restart | None = None) -> Response:
         """Renew all instances, one after the other: each drains, ends and starts again."""
         return _begun(fleet.restart())
 
@@ -82,7 +88,7 @@ def _fleet_routes(service: Service, fleet: Fleet, session: Mapping[str, Any] | N
         end it with SIGTERM. With an `instance`, only that one gets no new requests, until it is
         restarted; ask again: 202 while it has some, then 200.
         """
-        if body is not None and body.instance is not None:
+        if body is not None and body.instance:
             change = fleet.drain(body.instance)
             return _begun(change) if change else json_response({"status": "drained"})
         num_open = service.driver.begin_drain()
@@ -103,6 +109,13 @@ def _debug_routes(service: Service) -> APIRouter:
         return json_response(shown | {"admission": service.admission.state()})
 
     return routes
+
+
+def _no_query(request: Request) -> None:
+    """Refuse what would be passed over: a drain of `?instance=...` would be of all."""
+    if request.query_params:
+        name = next(iter(request.query_params))[:100]
+        raise InvalidRequest(f"{name}: it belongs into the body, which is JSON", param=name)
 
 
 def _begun(change: Change) -> Response:

@@ -40,21 +40,29 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JsonRoute(APIRoute):
-    """A route whose body, if it takes one, is strict JSON. Raises InvalidRequest for others."""
+    """A route whose body, if it takes one, is strict JSON. Raises InvalidRequest for others.
+
+    Where a body is optional there is either none or JSON, and `null` is not none.
+    """
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
+        is_optional = not self.body_field.field_info.is_required()
 
         async def handle_json(request: Request) -> Response:
-            _check_content_type(request.headers.get("content-type", ""))
             parsed = _ParsedRequest(request.scope, request.receive)
             body = await parsed.body()
+            if is_optional and not body:
+                return await handle(parsed)
+            _check_content_type(request.headers.get("content-type", ""))
             if len(body) > _LONG_BYTES:
                 parsed.value = await asyncio.to_thread(parse_json, body)
             else:
                 parsed.value = parse_json(body)
+            if is_optional and parsed.value is None:
+                raise InvalidRequest("the body is null: send an object, or nothing at all")
             return await handle(parsed)
 
         return handle_json

@@ -48,7 +48,7 @@ from serving.text.tokenizer import TextCodec
 
 log = logging.getLogger(__name__)
 
-_TICK_S = 0.25  # how often the scheduler is told the time while requests are queued
+_TICK_S = 0.25  # how often it is looked whether what is waited for has come
 
 
 class ClusterDriver:
@@ -110,14 +110,19 @@ class ClusterDriver:
     async def start(self, handle: InstanceHandle) -> Ready:
         """Bring an instance up and give it work from now on. Raises UserError if it cannot start.
 
-        If it is a new incarnation, what the old one may still say is dropped.
+        If it is a new incarnation, what the old one may still say is dropped. One whose last
+        incarnation was drained, and was lost, comes up drained.
         """
         instance_id = handle.instance_id
+        before = self._instances.get(instance_id)
         incarnation = self._instances[instance_id] = Incarnation(handle)
+        incarnation.is_draining = before is not None and before.is_draining
         ready = incarnation.ready = await handle.start(partial(self._on_report, incarnation))
         if not incarnation.lost.done():  # else it was lost at once, and that is told who waits
             self._metrics.instance_ready(instance_id, ready)
             self._handle(InstanceUp(instance_id, capacity_of(ready)))
+            if incarnation.is_draining:
+                self._handle(InstanceDraining(instance_id))
         return ready
 
     def expect_up(self, at_s: float) -> None:
@@ -136,21 +141,26 @@ class ClusterDriver:
     async def drain_instance(self, instance_id: InstanceId, timeout_s: float) -> Drained:
         """Give an instance no new work, and wait until it has none.
 
-        What is left after `timeout_s` goes on elsewhere, if another instance takes requests; if
-        none does, it is waited for. The instance stays up.
+        What is left after `timeout_s` goes on elsewhere, as soon as another instance takes
+        requests. The instance stays up; if it is lost meanwhile, it has none.
         """
         incarnation = self._instances[instance_id]
         incarnation.is_draining = True
         began_s, num_moved = self._clock(), 0
         self._handle(InstanceDraining(instance_id))
-        while not incarnation.is_empty.is_set():
-            try:
-                await asyncio.wait_for(incarnation.is_empty.wait(), timeout_s)
-            except TimeoutError:
-                if self._scheduler.is_open:
-                    num_moved += self._scheduler.num_assigned(instance_id)
-                    self._handle(MoveAway(instance_id))
+        is_empty = await incarnation.is_empty_within(timeout_s)
+        while not is_empty and not self._scheduler.is_open:
+            is_empty = await incarnation.is_empty_within(_TICK_S)
+        if not is_empty:
+            num_moved = self._num_owned(instance_id)
+            self._handle(MoveAway(instance_id))
+            await incarnation.is_empty.wait()
         return Drained(self._clock() - began_s, num_moved)
+
+    def _num_owned(self, instance_id: InstanceId) -> int:
+        """Return how many requests it runs that somebody waits for."""
+        owner = self._scheduler.owner
+        return sum(owner(request_id) == instance_id for request_id in self._streams.open_ids())
 
     async def remove_instance(self, instance_id: InstanceId) -> None:
         """End an instance, if it is there, and forget it; what it still runs goes on elsewhere."""

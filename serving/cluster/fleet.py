@@ -1,7 +1,8 @@
 """Keeps N instances of one model, and makes the changes that operators ask for, one at a time.
 
 It says how many there are, which are drained and which are renewed; it decides nothing about
-requests, and knows no HTTP. The smallest free number is taken first, the highest leaves first.
+requests, and knows no HTTP. The smallest free number is taken first. Those that do not serve leave
+first, then the highest numbers.
 """
 
 from __future__ import annotations
@@ -112,20 +113,24 @@ class Fleet:
     def scale(self, num_instances: int) -> Change:
         """Have so many; asked again meanwhile, the last wish counts. Raises RequestError."""
         self._check_number(num_instances)
+        self._check_serves()
+        self._check_some_stay(num_instances)
         title = f"scaling to {num_instances}"
         current = self._current()
         if current is None or current.kind != "scale":
             change = self._begin("scale", title, self._scale)
         else:
-            self._check_serves()
             change, current.title = current, title
         self._num_wanted = num_instances
         self._wished.set()
         return change
 
     def restart(self) -> Change:
-        """Renew all, one at a time. Raises Conflict."""
-        if len(self._members.numbers()) < 2:
+        """Renew all, one at a time. Raises Conflict.
+
+        One alone is renewed too if it does not serve: nothing is taken away by it.
+        """
+        if list(self._members.states().values()) == ["up"]:
             raise Conflict(
                 "there is one instance, and nothing would serve while it restarts",
                 "scale to 2 first, or start the server anew",
@@ -192,6 +197,17 @@ class Fleet:
             remedy = "end it with SIGTERM, and start it anew"
             raise Conflict("the server drains", remedy, code="draining")
 
+    def _check_some_stay(self, num_instances: int) -> None:
+        """Raise Conflict if fewer are wanted, and none of those that would stay is up."""
+        staying = self._members.numbers()
+        states = self._members.states()
+        if num_instances < len(staying) and not any(states[n] == "up" for n in staying):
+            raise Conflict(
+                f"none of {len(staying)} instances is up, and nothing would serve",
+                "wait until one is, or `hocket restart` renews them",
+                code="nothing_would_serve",
+            )
+
     def _check_others_up(self, number: int) -> None:
         states = self._members.states()
         if not any(state == "up" for other, state in states.items() if other != number):
@@ -241,7 +257,7 @@ class Fleet:
     ) -> bool:
         """Begin what the wish asks for; return whether anything is under way."""
         staying = self._members.numbers()
-        for number in staying[self._num_wanted :]:
+        for number in self._least_needed(max(0, len(staying) - self._num_wanted)):
             self._members.is_to_leave(number)
             if number in starting:
                 change.say(f"{instance_id(number)} is not wanted any more")
@@ -254,6 +270,13 @@ class Fleet:
             starting[number] = asyncio.ensure_future(self._join(number, change))
         self._on_numbers(self._members.numbers())
         return bool(starting or leaving)
+
+    def _least_needed(self, num: int) -> list[int]:
+        """Return so many: those that do not run, then those without work, then the highest."""
+        states = self._members.states()
+        ranks = {"up": 2, "draining": 1, "drained": 1}
+        staying = self._members.numbers()
+        return sorted(staying, key=lambda n: (ranks.get(states[n], 0), -n))[:num]
 
     def _take_stock(
         self,

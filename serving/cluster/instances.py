@@ -6,6 +6,7 @@ It decides nothing, and sends nothing by itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,8 +46,15 @@ class Incarnation:
         self.handle = handle
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ready: Ready | None = None
-        self.is_draining = False
+        self.is_draining = False  # it gets nothing new, and so will those that follow a loss
         self.is_empty = asyncio.Event()  # while it drains: it has nothing any more, or is gone
+
+    async def is_empty_within(self, seconds: float) -> bool:
+        """Wait until it has nothing any more, for so long at most; return whether it has not."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.is_empty.wait()
+        return self.is_empty.is_set()
 
 
 def capacity_of(ready: Ready) -> InstanceCapacity:

@@ -159,8 +159,8 @@ class Members:
                     "state": states[number],
                     "incarnation": supervisor.incarnation,
                     "num_restarts": supervisor.num_restarts,
+                    # An instance in this process has neither.
                     "pid": getattr(handle, "pid", None),
-                    "actor": getattr(handle, "actor_id", None),
                     "node": getattr(handle, "node", None),
                     "model": ready and ready.model_name,
                     "dtype": ready and ready.dtype,

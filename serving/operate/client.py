@@ -31,6 +31,8 @@ class AdminClient:
             port = DEFAULT_ADMIN_PORT if parts.port is None else parts.port
         except ValueError:
             port = 0
+        if parts.netloc.endswith(":"):  # as of a variable that is not set
+            port = 0
         if parts.scheme not in ("http", "https") or not parts.hostname or not port:
             raise UserError(f"--admin {url} is no address of a server", _NAME_IT)
         self._is_secure = parts.scheme == "https"

@@ -21,7 +21,10 @@ _POLL_S = 0.3
 
 
 class Operator:
-    """The commands; `say` shows a line to who typed them."""
+    """The commands; `say` shows a line to who typed them.
+
+    For programs (`as_json`) there is one answer, when it is over, in place of lines.
+    """
 
     def __init__(
         self,
@@ -29,16 +32,19 @@ class Operator:
         say: Say,
         *,
         waits: bool = True,
+        as_json: bool = False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._client = client
         self._say = say
+        self._tell: Say = (lambda _: None) if as_json else say
         self._waits = waits
+        self._as_json = as_json
         self._sleep = sleep
 
-    def status(self, *, as_json: bool = False) -> None:
+    def status(self) -> None:
         found = self._client.get("/admin/status")
-        self._say(json.dumps(found, indent=2) if as_json else table(found))
+        self._say(_json(found) if self._as_json else table(found))
 
     def scale(self, num_instances: int) -> None:
         _, answer = self._client.post("/admin/scale", {"instances": num_instances})
@@ -57,54 +63,67 @@ class Operator:
         if "change" in answer:
             self._follow(answer["change"])
         else:
-            self._say(f"{instance} is drained")
+            self._tell(f"{instance} is drained")
+            self._show(answer)
 
     def _drain_all(self) -> None:
-        with _goes_on(self._say):
-            self._watch_drain()
+        with _goes_on(self._tell):
+            self._show(self._watch_drain())
 
-    def _watch_drain(self) -> None:
+    def _watch_drain(self) -> dict[str, Any]:
         shown = None
         while True:
             _, answer = self._client.post("/admin/drain")
             num_left = answer["num_requests"]
             if not num_left:
-                self._say("the server is drained: end it with SIGTERM")
-                return
+                self._tell("the server is drained: end it with SIGTERM")
+                return answer
             if num_left != shown:
                 left = "1 request is" if num_left == 1 else f"{num_left} requests are"
-                self._say(f"the server drains: {left} left")
+                self._tell(f"the server drains: {left} left")
                 shown = num_left
             if not self._waits:
-                return
+                return answer
             self._sleep(_POLL_S)
 
     def _follow(self, change: dict[str, Any]) -> None:
         """Show what the change does until it is done. Raises UserError if it failed."""
         if not self._waits:
-            self._say(f"{change['title']} has begun; `hocket status` shows how far it is")
+            self._tell(f"{change['title']} has begun; `hocket status` shows how far it is")
+            self._show(change)
             return
-        with _goes_on(self._say):
-            self._watch(change)
+        with _goes_on(self._tell):
+            change = self._watch(change)
+        self._show(change)
+        if change["error"] is not None:
+            raise UserError(change["error"]["cause"], change["error"]["remedy"])
+        if change["done"]:
+            self._tell(f"{change['title']}: done")
 
-    def _watch(self, change: dict[str, Any]) -> None:
+    def _watch(self, change: dict[str, Any]) -> dict[str, Any]:
+        """Return the last that is known of it."""
         number, num_shown = change["number"], 0
         while True:
             for line in change["lines"][num_shown:]:
-                self._say(line)
+                self._tell(line)
             num_shown = len(change["lines"])
             if change["done"]:
-                break
+                return change
             self._sleep(_POLL_S)
             found = self._client.get("/admin/status")
             later = found["change"] or found["last_change"]
             if later is None or later["number"] != number:
-                self._say(f"{change['title']} is over, and another change has begun since")
-                return
+                self._tell(f"{change['title']} is over, and another change has begun since")
+                return change
             change = later
-        if change["error"] is not None:
-            raise UserError(change["error"]["cause"], change["error"]["remedy"])
-        self._say(f"{change['title']}: done")
+
+    def _show(self, answer: dict[str, Any]) -> None:
+        if self._as_json:
+            self._say(_json(answer))
+
+
+def _json(answer: dict[str, Any]) -> str:
+    return json.dumps(answer, indent=2)
 
 
 @contextlib.contextmanager

@@ -202,7 +202,9 @@ class Server:
         return await self._call("GET", path, b"")
 
     async def admin(self, method, path, body=None):
-        data = b"" if body is None else json.dumps(body).encode()
+        data = body
+        if not isinstance(body, bytes):
+            data = b"" if body is None else json.dumps(body).encode()
         return await self._call(method, path, data, app=self._admin_app)
 
     async def complete(self, **body):
@@ -222,6 +224,7 @@ class Server:
 
     async def _call(self, method, path, body, headers=JSON, app=None):
         """One HTTP exchange as ASGI has it; the client stays until the answer is complete."""
+        path, _, query = path.partition("?")
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -229,7 +232,7 @@ class Server:
             "method": method,
             "path": path,
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "root_path": "",
             "scheme": "http",
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()],

@@ -50,6 +50,7 @@ class ScriptedDriver:
         self.log = []
         self.handles = {}
         self.up = {}  # by id: up or draining
+        self.drained = set()  # and so will be what follows a loss
         self.loads = {}  # requests of each
         self.dies_at_once = set()  # when they come up next
         self.holds_drains = False
@@ -60,7 +61,8 @@ class ScriptedDriver:
         self.handles[handle.instance_id] = handle
         ready = await handle.start(None)
         self.log.append(f"up {handle.instance_id}")
-        self.up[handle.instance_id] = "up"
+        is_drained = handle.instance_id in self.drained
+        self.up[handle.instance_id] = "draining" if is_drained else "up"
         if handle.instance_id in self.dies_at_once:
             self.dies_at_once.remove(handle.instance_id)
             self.lose(handle.instance_id)
@@ -78,6 +80,7 @@ class ScriptedDriver:
 
     async def drain_instance(self, name, timeout_s):
         self.log.append(f"drain {name}")
+        self.drained.add(name)
         if name in self.up:
             self.up[name] = "draining"
         if self.holds_drains:
@@ -87,6 +90,7 @@ class ScriptedDriver:
 
     async def remove_instance(self, name):
         self.log.append(f"remove {name}")
+        self.drained.discard(name)
         self.up.pop(name, None)
         handle = self.handles.pop(name, None)
         if handle is not None:

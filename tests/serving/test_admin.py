@@ -84,7 +84,16 @@ def test_a_change_is_begun_and_shown():
         ("scale", {"instances": 1, "wait": True}, 400, "invalid_value"),
         ("scale", {"instances": 2}, 409, "cannot_scale"),
         ("restart", None, 409, "nothing_would_serve"),
+        ("restart", {"instance": "instance-0"}, 400, "invalid_value"),
+        ("restart", [], 400, "invalid_value"),
+        ("restart", {}, 409, "nothing_would_serve"),
         ("drain", {"instance": 1}, 400, "invalid_value"),
+        ("drain", {"instance": None}, 400, "invalid_value"),
+        ("drain", {"instance": ""}, 400, "invalid_value"),
+        ("drain", [], 400, "invalid_value"),
+        ("drain", b"null", 400, "invalid_value"),
+        ("drain", b'{"instance": "instance-0", "instance": ""}', 400, "invalid_value"),
+        ("drain?instance=instance-0", None, 400, "invalid_value"),
         ("drain", {"instances": 1}, 400, "invalid_value"),
         ("drain", {"instance": "instance-7"}, 404, "instance_not_found"),
         ("drain", {"instance": "instance-0"}, 409, "nothing_would_serve"),
@@ -96,6 +105,7 @@ def test_a_change_that_cannot_be_made(path, body, status, code):
             answer = await server.admin("POST", f"/admin/{path}", body)
             error = answer.json()["error"]
             assert (answer.status, error["code"]) == (status, code)
+            assert any(word in error["message"] for word in ("instance", "body", "wait"))
             assert "remedy" in error or status != 409
             assert not server.driver.draining
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_what_a_file_says(written):
     assert engine.model_folder.is_absolute(), "an actor stands in another folder"
     assert config.num_instances == 3
     assert config.instance(7) is third, "later ones are as the last"
+
+
+def test_labels_that_ray_takes(written):
+    labels = {"gpu_type": "A100", "ray.io/accelerator-type": "H100", "a.b-c/d_e": "", "n": "1.5"}
+    text = f"instances: [{{labels: {json.dumps(labels)}}}]"
+    placement = config_of(written(text)).instances[0].placement
+    assert dict(placement.labels) == labels
 
 
 def test_bounds_follow_the_instances(written):
@@ -139,6 +147,13 @@ def test_ray_is_for_several():
         ("instances: [{gpus: .nan}]", "`$.instances[0].gpus`", "a number, 0 or more"),
         ("instances: [{resources: {a: .inf}}]", ".resources[...]`", "{fast_disk: 1}"),
         ("instances: [{labels: {a: 1}}]", "Expected `str`, got `int`", "quote what looks like"),
+        ("instances: [{labels: {a b: c}}]", "$.instances[0].labels: 'a b' is no name", "letters"),
+        ("instances: [{}, {labels: {a: b@c}}]", "$.instances[1].labels.a: 'b@c' is no label", ""),
+        ("instances: [{labels: {a: '!b'}}]", "$.instances[0].labels.a: '!b' is no label", ""),
+        (f"instances: [{{labels: {{a: {'b' * 64}}}}}]", "is no label", "63 at most"),
+        ("instances: [{resources: {CPU: 1}}]", "$.instances[0].resources: CPU", "as `cpus`"),
+        ("instances: [{device: 'cuda:7x'}]", "at `$.instances[0].device`", "such as cuda:0"),
+        ("instances: [{device: tpu}]", "at `$.instances[0].device`", "cpu, cuda or"),
         ("instances: [{kv_memory: lots}]", "$.instances[0].kv_memory: 'lots' is not a size", ""),
         ("instances: [{}, {memory: 0B}]", "$.instances[1].memory: 0B is nothing", ""),
         ("instances: [{kv_memory: 0.5}]", "Expected `int | str | null`", "such as 4GiB"),

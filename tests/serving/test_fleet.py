@@ -130,6 +130,43 @@ async def test_the_highest_numbers_drain_and_leave(it):
     assert it.driver.log.index("drain instance-2") < it.driver.log.index("remove instance-2")
 
 
+@fleet_test(4)
+async def test_those_that_do_not_serve_leave_first(it):
+    it.fleet.drain("instance-0")
+    await it.until_done()
+    it.holds = {1}
+    it.driver.lose("instance-1")
+    await it.until(lambda: it.states()["instance-1"] == "starting")
+    it.fleet.scale(3)
+    assert (await it.until_done())["error"] is None
+    assert set(it.states()) == {"instance-0", "instance-2", "instance-3"}
+    it.fleet.scale(2)
+    await it.until_done()
+    assert it.states() == {"instance-2": "up", "instance-3": "up"}
+    it.fleet.scale(1)
+    await it.until_done()
+    assert it.states() == {"instance-2": "up"}
+
+
+@fleet_test(3)
+async def test_none_leaves_while_none_would_serve(it):
+    it.holds = {1, 2}
+    it.fleet.drain("instance-0")
+    await it.until_done()
+    for number in (1, 2):
+        it.driver.lose(f"instance-{number}")
+    with pytest.raises(Conflict, match="nothing would serve") as refusal:
+        it.fleet.scale(1)
+    assert refusal.value.code == "nothing_would_serve"
+    assert it.fleet.state()["num_wanted"] == 3
+    await it.until(lambda: it.states()["instance-1"] == "starting")
+    it.instances[1].may_start.set()
+    await it.until(lambda: it.states()["instance-1"] == "up")
+    it.fleet.scale(1)
+    await it.until_done()
+    assert it.states() == {"instance-1": "up"}
+
+
 @fleet_test(1)
 async def test_the_last_wish_counts(it):
     it.holds = {1, 2, 3}
@@ -233,6 +270,28 @@ async def test_one_alone_is_not_restarted(it):
     assert refusal.value.code == "nothing_would_serve"
 
 
+@fleet_test(2)
+async def test_one_alone_that_does_not_serve_is_renewed(it):
+    it.fleet.drain("instance-0")
+    await it.until_done()
+    it.driver.lose("instance-1")
+    it.holds = {1}
+    await it.until(lambda: it.states()["instance-1"] == "starting")
+    it.holds = set()
+    it.fleet.restart()
+    assert (await it.until_done())["error"] is None
+    assert it.states() == {"instance-0": "up", "instance-1": "up"}
+
+
+@fleet_test(1)
+async def test_one_alone_that_is_drained_has_a_way_back(it):
+    it.driver.up["instance-0"] = "draining"
+    it.fleet.restart()
+    assert (await it.until_done())["error"] is None
+    assert it.states() == {"instance-0": "up"}
+    assert it.instances[0].incarnation == 2
+
+
 @fleet_test(3, faults={(1, 2): no_memory()})
 async def test_one_that_does_not_come_back_ends_the_restart(it):
     it.holds = {2}  # so that a restart of it would hang
@@ -298,6 +357,19 @@ async def test_only_what_is_up_can_be_drained(it):
     await it.until(lambda: it.states()["instance-1"] == "starting")
     with pytest.raises(Conflict, match="instance-1 is starting"):
         it.fleet.drain("instance-1")
+
+
+@fleet_test(2)
+async def test_one_that_is_lost_while_drained_comes_back_drained(it):
+    it.fleet.drain("instance-1")
+    await it.until_done()
+    it.driver.lose("instance-1")
+    await it.until(lambda: it.instances[1].incarnation == 2)
+    await it.until(lambda: it.states()["instance-1"] != "starting")
+    assert it.states()["instance-1"] == "drained"
+    it.fleet.restart()
+    await it.until_done()
+    assert it.states() == {"instance-0": "up", "instance-1": "up"}
 
 
 # --- one change at a time ---

@@ -29,6 +29,12 @@ def server():
 
 
 @pytest.fixture
+def for_programs(server):
+    lines = []
+    return Operator(AdminClient(server.admin_url, KEY), lines.append, as_json=True), lines
+
+
+@pytest.fixture
 def operator(server):
     lines = []
     return Operator(AdminClient(server.admin_url, KEY), lines.append), lines
@@ -64,6 +70,14 @@ def test_scaling_to_what_there_is_is_done_at_once(operator):
     assert lines == ["scaling to 1: done"]
 
 
+def test_programs_get_the_change_when_it_is_done(for_programs):
+    it, lines = for_programs
+    it.scale(1)
+    (line,) = lines
+    change = json.loads(line)
+    assert (change["title"], change["done"], change["error"]) == ("scaling to 1", True, None)
+
+
 @pytest.mark.parametrize(
     ("ask", "cause", "remedy"),
     [
@@ -72,6 +86,7 @@ def test_scaling_to_what_there_is_is_done_at_once(operator):
         (lambda it: it.restart(), "nothing would serve", "scale to 2 first"),
         (lambda it: it.drain("instance-0"), "no other instance", "scale up first"),
         (lambda it: it.drain("instance-9"), "there are: instance-0", "hocket status"),
+        (lambda it: it.drain(""), "instance: String should have at least 1", ""),
     ],
 )
 def test_what_cannot_be_done_is_one_cause_and_one_remedy(operator, ask, cause, remedy):
@@ -105,13 +120,23 @@ def test_no_server_is_one_cause_and_one_remedy():
         "hocket: no server is at http://127.0.0.1:1",
         "        start one with --admin-port 8001, or name its admin port with --admin",
     ]
-    for url in ("ftp://x", "http://", "http://a:0", "http://a:99999"):
+    for url in (
+        "ftp://x",
+        "http://",
+        "http://127.0.0.1:",
+        "127.0.0.1:",
+        "http://127.0.0.1:/",
+        "http://a:0",
+        "http://a:99999",
+    ):
         with pytest.raises(UserError, match="is no address"):
             AdminClient(url)
 
 
-def test_a_drain_of_the_server(operator):
+def test_a_drain_of_the_server(operator, for_programs):
     it, lines = operator
+    for_programs[0].drain()
+    assert json.loads(for_programs[1][0]) == {"status": "drained", "num_requests": 0}
     it.drain()
     assert lines == ["the server is drained: end it with SIGTERM"]
     it.status()
@@ -167,10 +192,11 @@ def under_way(now, last=None):
     return {"change": now, "last_change": last}
 
 
-def run(scripted, *answers, waits=True):
+def run(scripted, *answers, lines=None, **settings):
     scripted.answers = list(answers)
-    lines = []
-    Operator(AdminClient(scripted.url), lines.append, waits=waits, sleep=lambda _: None).restart()
+    lines = [] if lines is None else lines
+    client = AdminClient(scripted.url)
+    Operator(client, lines.append, sleep=lambda _: None, **settings).restart()
     return lines
 
 
@@ -200,6 +226,20 @@ def test_a_later_change_ends_the_watching(scripted):
 def test_who_does_not_wait_is_told_where_to_look(scripted):
     (line,) = run(scripted, (202, {"change": change("a")}), waits=False)
     assert "hocket status" in line
+
+
+def test_programs_that_do_not_wait_get_the_change_as_it_is(scripted):
+    begun = change("a")
+    (line,) = run(scripted, (202, {"change": begun}), waits=False, as_json=True)
+    assert json.loads(line) == begun
+
+
+def test_programs_get_a_change_that_failed_too(scripted):
+    failed = change("a", done=True, error={"cause": "no memory", "remedy": "buy some"})
+    lines = []
+    with pytest.raises(UserError, match="no memory"):
+        run(scripted, (202, {"change": failed}), lines=lines, as_json=True)
+    assert [json.loads(line) for line in lines] == [failed]
 
 
 def test_ctrl_c_ends_the_watching_alone(scripted):

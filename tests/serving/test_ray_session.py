@@ -297,6 +297,8 @@ def test_a_joined_cluster_serves_by_tls(joined):
             await instance.until_ended("a")
             assert instance.tokens("a") == solo(ENDLESS)[0]
 
+            assert instance.handle.node == "127.0.0.1"
+
     assert not joined.facts.is_local
     joined.run(run())
 

@@ -137,7 +137,7 @@ def test_who_is_expected_is_let_in_and_known(tmp_path):
     async def run():
         async with local_door(tmp_path) as door:
             calls = await door.is_served()
-            assert [(call.pid, call.is_local) for call in calls] == [(os.getpid(), True)] * 2
+            assert [(call.pid, call.node) for call in calls] == [(os.getpid(), None)] * 2
 
     asyncio.run(run())
 

@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 
 from engine.core import EngineCore
-from engine.messages import Ready
+from engine.messages import Abort, Failed, Ready, StepEvents, Submit
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.config import ClusterConfig
-from scheduler.types import InstanceId, RequestId
+from scheduler.types import FinishedEvent, FinishReason, InstanceId, RequestId
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.hosts.inproc import InProcessHandle
 from serving.errors import InstanceLost, Quarantined
 from serving.metrics import Metrics
 from serving.text.tokenizer import fake_codec
 from tests.factories import make_executor, make_geometry, make_scheduler, make_spec
+from tests.serving.scripted import VIEW
 
 CODEC = fake_codec()
 A, B, C = InstanceId("a"), InstanceId("b"), InstanceId("c")
@@ -54,6 +55,38 @@ def handle(instance_id, step_id=None, poison=()):
         return core, Ready("m", "checksum", "none", 256, make_geometry(), {}, 8)
 
     return InProcessHandle(instance_id, build, through_wire=True)
+
+
+class Paused:
+    """An instance that takes commands, and does nothing before it may."""
+
+    def __init__(self, instance_id):
+        self.instance_id = instance_id
+        self.num_aborts = 0
+        self._open = []
+        self._report = None
+
+    async def start(self, on_report):
+        self._report = on_report
+        return Ready("m", "checksum", "none", 256, make_geometry(), {}, 8)
+
+    def send(self, command):
+        match command:
+            case Submit(spec):
+                self._open.append(spec.request_id)
+            case Abort():
+                self.num_aborts += 1
+
+    def go_on(self):
+        """End what was aborted."""
+        ended = [FinishedEvent(key, FinishReason.ABORT, 0, "") for key in self._open]
+        self._report(StepEvents([], [], [], ended, [], VIEW, 0.0))
+
+    def fail(self):
+        self._report(Failed("gone", ""))
+
+    async def stop(self):
+        pass
 
 
 def make_driver(**settings):
@@ -241,7 +274,8 @@ def test_an_instance_that_is_drained_runs_empty_and_gets_nothing():
     asyncio.run(run())
 
 
-def test_what_a_drain_does_not_await_goes_on_elsewhere():
+@pytest.mark.parametrize("timeout_s", [0.0, 0.01])
+def test_what_a_drain_does_not_await_goes_on_elsewhere(timeout_s):
     specs = [make_spec(f"r{i}", (i + 1, 2, 3), max_tokens=200) for i in range(3)]
 
     async def run():
@@ -250,11 +284,69 @@ def test_what_a_drain_does_not_await_goes_on_elsewhere():
         await driver.start(handle(A))
         reading = asyncio.ensure_future(answers(driver.submit(specs, [])))
         await driver.start(handle(B))
-        drained = await driver.drain_instance(A, 0.01)
+        drained = await driver.drain_instance(A, timeout_s)
         assert drained.num_moved == 3
         await driver.remove_instance(A)
         assert await reading == expected
         assert metrics._store.total("request_replays") == 3
+        await driver.stop()
+
+    asyncio.run(run())
+
+
+def test_a_drain_waits_for_an_instance_that_takes_requests():
+    specs = [make_spec(f"r{i}", (i + 1, 2, 3), max_tokens=200) for i in range(3)]
+
+    async def run():
+        expected = await undisturbed(specs, [])
+        driver, _ = make_driver()
+        await driver.start(paused := Paused(A))
+        reading = asyncio.ensure_future(answers(driver.submit(specs, [])))
+        draining = asyncio.ensure_future(driver.drain_instance(A, 0))
+        done, _ = await asyncio.wait([draining], timeout=0.05)
+        assert not done, "nobody else takes them"
+        assert paused.num_aborts == 0
+        await driver.start(handle(B))
+        assert await reading == expected
+        assert paused.num_aborts == 3, "each is told once"
+        paused.go_on()
+        assert (await draining).num_moved == 3
+        await driver.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, 20.0])
+def test_a_drain_ends_with_its_instance(timeout_s):
+    async def run():
+        driver, _ = make_driver()
+        await driver.start(handle(A, step_id=4))
+        group = driver.submit([make_spec("r", max_tokens=60)], [])
+        drained = await asyncio.wait_for(driver.drain_instance(A, timeout_s), 10)
+        assert drained.num_moved == 0
+        assert [each.state for each in driver.instances()] == ["down"]
+        driver.cancel(group)
+        await driver.stop()
+
+    asyncio.run(run())
+
+
+def test_what_follows_a_loss_of_one_that_was_drained_is_drained():
+    async def run():
+        driver, metrics = make_driver()
+        await driver.start(first := Paused(A))
+        await driver.start(handle(B))
+        await driver.drain_instance(A, 20)
+        first.fail()
+        assert [each.state for each in driver.instances()] == ["down", "up"]
+        await driver.start(handle(A))
+        assert [each.state for each in driver.instances()] == ["draining", "up"]
+        await answers(driver.submit([make_spec(f"r{i}") for i in range(4)], []))
+        assert metrics._store.number("dispatches", A).value == 0
+        assert (await driver.drain_instance(A, 20)).num_moved == 0
+        await driver.remove_instance(A)  # by plan: the next one is another
+        await driver.start(handle(A))
+        assert [each.state for each in driver.instances()] == ["up", "up"]
         await driver.stop()
 
     asyncio.run(run())

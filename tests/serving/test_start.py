@@ -131,7 +131,7 @@ def test_a_port_in_use_is_one_cause_and_one_remedy():
         (["--fake", "--kv-memory", "100TiB"], "not enough memory"),
         (["{model}", "--kv-memory", "100TiB"], "not enough memory"),
         (["{model}", "--kv-memory", "1"], "holds no block"),
-        (["{model}", "--device", "tpu"], "--device tpu is not supported"),
+        (["{model}", "--device", "cuda:7x"], "--device cuda:7x is not supported"),
     ],
 )
 def test_what_the_machine_cannot_do_is_one_cause_and_one_remedy(tmp_path, flags, words):

@@ -35,6 +35,10 @@ class ChildHost:
     def pid(self) -> int | None:
         return None if self._child is None else self._child.pid
 
+    @property
+    def node(self) -> str | None:
+        return None
+
     async def open(
         self,
         received: asyncio.Protocol,

@@ -18,6 +18,11 @@ class Host(Protocol):
         """Of its process, once that is known; on another machine it is that machine's number."""
         ...
 
+    @property
+    def node(self) -> str | None:
+        """The address of the machine that it runs on, if that may be another than this one."""
+        ...
+
     async def open(
         self,
         received: asyncio.Protocol,

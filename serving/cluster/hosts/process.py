@@ -92,6 +92,11 @@ class ProcessHandle:
         """Of its process, once there is one."""
         return self._host.pid
 
+    @property
+    def node(self) -> str | None:
+        """The address of its machine, if that may be another than this one."""
+        return self._host.node
+
     async def start(self, on_report: Callable[[Report], None]) -> Ready:
         loop = asyncio.get_running_loop()
         self._on_report = on_report

@@ -107,6 +107,7 @@ class _Backend:
         self._connection = connection
         self._sending = threading.Lock()
         self._placed: dict[str, None] = {}  # the names of what may be there
+        self._is_leaving = False
 
     def run(self) -> NoReturn:
         """Be the session, on the main thread: the head's processes end with the one that forks."""
@@ -128,12 +129,13 @@ class _Backend:
             with contextlib.suppress(queue.Empty):
                 self._obey(self.orders.get(timeout=_HEAD_POLL_S))
             gone = _ended_of(head)
-            if gone is not None:
+            if gone is not None and not self._is_leaving:  # else we have ended it ourselves
                 _print(f"Ray's {gone} has ended")
                 os._exit(1)  # the instances go on; the next session is another process's
 
     def leave(self) -> NoReturn:
         """The API process is gone, or wants no more: leave nothing behind but logs."""
+        self._is_leaving = True
         if self._is_ours:
             end_session(os.getpid(), keep=[os.getpid()])
             clear(Path(self._order.folder))
@@ -311,9 +313,7 @@ def _check_version(version: str) -> None:
 
 def _ended_of(head: Any) -> str | None:
     """Return which process of the head has ended, if one has."""
-    if head is None:
-        return None
-    for kind, infos in head.all_processes.items():
+    for kind, infos in ({} if head is None else head.all_processes).items():
         if any(info.process.poll() is not None for info in infos):
             return str(kind)
     return None

@@ -64,6 +64,10 @@ class RayHost:
         return self._calls[0].pid if self._calls else None
 
     @property
+    def node(self) -> str | None:
+        return self._calls[0].node if self._calls else None
+
+    @property
     def local_pid(self) -> int | None:
         """Of its process, if that runs on this machine."""
         return None if self._exit is None or self._exit.has_ended() else self._exit.pid

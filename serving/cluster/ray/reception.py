@@ -34,7 +34,11 @@ class Call:
     transport: asyncio.Transport
     rest: bytes
     pid: int
-    is_local: bool  # so that the kernel vouches for the pid
+    node: str | None  # where it came from; None: this machine, and the kernel vouches for the pid
+
+    @property
+    def is_local(self) -> bool:
+        return self.node is None
 
     def hand_over(self, protocol: asyncio.Protocol) -> None:
         """Let `protocol` have all that comes from now on."""
@@ -136,9 +140,12 @@ class Reception:
             )
             return False
         connection = caller.get_extra_info("socket")
-        is_local = connection.family == socket.AF_UNIX
-        pid = _pid_of(connection) if is_local else hello.pid
-        call.set_result(Call(caller, rest, pid, is_local))
+        node, pid = None, hello.pid
+        if connection.family == socket.AF_UNIX:
+            pid = _pid_of(connection)
+        else:
+            node = caller.get_extra_info("peername")[0]
+        call.set_result(Call(caller, rest, pid, node))
         return True
 
 
