@@ -271,7 +271,7 @@ async def test_one_alone_is_not_restarted(it):
 
 
 @fleet_test(2)
-async def test_one_alone_that_does_not_serve_is_renewed(it):
+async def test_a_fleet_of_which_none_is_up_is_renewed(it):
     it.fleet.drain("instance-0")
     await it.until_done()
     it.driver.lose("instance-1")
