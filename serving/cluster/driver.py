@@ -23,6 +23,7 @@ from scheduler.cluster.events import (
     DrainStarted,
     Elapsed,
     Fail,
+    FailReason,
     InstanceDown,
     InstanceDraining,
     InstanceUp,
@@ -308,9 +309,7 @@ class ClusterDriver:
                 case Reject(request_id, reason):
                     self._reject(request_id, reason)
                 case Fail(request_id, why):
-                    self._ends.fail(request_id, failure_of(why))
-                    cause = {"request_id": request_id, "reason": why.value}
-                    logs.event(log, logging.ERROR, "a request cannot go on", **cause)
+                    self._fail(request_id, why)
                 case _:
                     assert_never(action)
         self._metrics.queued(self._scheduler.num_queued)
@@ -362,8 +361,18 @@ class ClusterDriver:
         self._inspections.lost(instance_id)
         self._handle(InstanceDown(instance_id, was_ours))
 
+    def _fail(self, request_id: RequestId, why: FailReason) -> None:
+        stream = self._streams.get(request_id)
+        had_instance = stream is not None and stream.was_dispatched
+        error = failure_of(why, self._waits(request_id), had_instance=had_instance)
+        self._ends.fail(request_id, error)
+        cause = {"request_id": request_id, "reason": why.value}
+        logs.event(log, logging.ERROR, "a request cannot go on", **cause)
+
     def _reject(self, request_id: RequestId, reason: RejectReason) -> None:
         self._metrics.rejected(reason)
-        waits = Waits(self._retry_after_s(request_id), jittered(self.up_in_s, request_id))
-        error = error_of(reason, waits, draining=self.draining)
+        error = error_of(reason, self._waits(request_id), draining=self.draining)
         self._ends.fail(request_id, error, "rejected")
+
+    def _waits(self, request_id: RequestId) -> Waits:
+        return Waits(self._retry_after_s(request_id), jittered(self.up_in_s, request_id))

@@ -42,8 +42,11 @@ def error_of(reason: RejectReason, waits: Waits, *, draining: bool) -> RequestEr
             assert_never(reason)
 
 
-def failure_of(reason: FailReason) -> RequestError:
+def failure_of(reason: FailReason, waits: Waits, *, had_instance: bool) -> RequestError:
+    """`had_instance`: it was begun, and is not merely to be asked again."""
     match reason:
+        case FailReason.NO_INSTANCE if not had_instance:
+            return error_of(RejectReason.NO_INSTANCE, waits, draining=False)
         case FailReason.NO_INSTANCE:
             return InstanceLost("the instance that ran this failed, and no other was up in time")
         case FailReason.TOO_MANY_LOSSES:

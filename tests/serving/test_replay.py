@@ -350,3 +350,19 @@ def test_what_follows_a_loss_of_one_that_was_drained_is_drained():
         await driver.stop()
 
     asyncio.run(run())
+
+
+def test_whoever_was_only_queued_when_the_last_instance_died_is_told_to_come_again():
+    async def run():
+        driver, _ = make_driver(continuation_timeout_s=0.1)
+        await driver.start(handle(A, 5))
+        group = driver.submit([make_spec(f"r{i}", max_tokens=60) for i in range(12)], [])
+        assert driver.num_queued == 2, "eight run, two are spare"
+        queued = group.streams[-1]
+        with pytest.raises(InstanceLost):
+            await answers(group)
+        assert (queued.error.status, queued.error.code) == (503, "no_instance")
+        assert driver.num_queued == driver.num_streams == 0
+        await driver.stop()
+
+    asyncio.run(run())
