@@ -107,19 +107,18 @@ class ClusterScheduler:
 
     def state(self) -> dict[str, Any]:
         """Return what is decided so far as plain data for people, of no fixed form."""
+        assigned = {key: one.instance_id for key, one in self._requests.items() if one.instance_id}
         waiting = [*self._queue.all(), *self._doubtful.values()]
         return {
             "draining": self._draining,
             "instances": {key: ledger.state() for key, ledger in self._instances.items()},
-            "assigned": {
-                key: request.instance_id
-                for key, request in self._requests.items()
-                if request.instance_id is not None
-            },
+            "assigned": assigned,
             "queued": [request.request_id for request in waiting],
             "doubtful": list(self._doubtful),
             "num_quarantined": self._suspicion.num_quarantined,
         }
+
+    # --- events ---
 
     def handle(self, event: ClusterEvent, now: float) -> list[ClusterAction]:
         """Return what to do about the event, in order."""
@@ -147,11 +146,10 @@ class ClusterScheduler:
     ) -> Iterator[ClusterAction]:
         match event:
             case Arrived(spec):
-                refusal = self._refusal(spec)
-                if refusal is None:
+                if (reason := self._refusal(spec)) is None:
                     self._enter(spec)
                 else:
-                    yield Reject(spec.request_id, refusal)
+                    yield Reject(spec.request_id, reason)
             case FirstToken(request_id, instance_id):
                 self._began(request_id, instance_id)
             case Settled(request_id, instance_id) if self.owner(request_id) == instance_id:
@@ -191,8 +189,8 @@ class ClusterScheduler:
         suspicion, config = self._suspicion, self.config
         if suspicion.num_quarantined and suspicion.is_quarantined(fingerprint(spec)):
             return RejectReason.QUARANTINED
-        num_requests = len(self._requests)
-        return refusal(spec, self._instances.values(), num_requests, config.max_num_waiting)
+        ledgers = self._instances.values()
+        return refusal(spec, ledgers, len(self._requests), config.max_num_waiting)
 
     def _enter(self, spec: RequestSpec) -> None:
         request = Assignment(spec, self._rank(spec), self._num_arrivals)
@@ -370,11 +368,10 @@ class ClusterScheduler:
             elif request.fingerprint not in tried:
                 rank, num_tokens = request.rank, len(request.spec.prompt_token_ids)
                 if rank not in free:
-                    free[rank] = [
-                        one for one in ledgers if one.is_free(rank) and self._is_clean(one)
-                    ]
-                able_now = able(free[rank], request)
-                candidates = [one for one in able_now if one.has_memory(num_tokens)]
+                    idle = (ledger for ledger in ledgers if ledger.is_free(rank))
+                    free[rank] = list(filter(self._is_clean, idle))
+                fitting = able(free[rank], request)
+                candidates = [one for one in fitting if one.has_memory(num_tokens)]
                 if candidates:
                     free.clear()
                     del self._doubtful[request.request_id]
@@ -394,8 +391,7 @@ class ClusterScheduler:
         return not any(self._suspicion.is_suspected(one.fingerprint) for one in self._owned(ledger))
 
     def _is_doubtful(self, request: Assignment) -> bool:
-        suspicion = self._suspicion
-        return not suspicion.is_empty() and suspicion.is_doubtful(request.fingerprint)
+        return not self._suspicion.is_empty() and self._suspicion.is_doubtful(request.fingerprint)
 
     def _dispatch(self, request: Assignment, candidates: list[Ledger]) -> Dispatch:
         ledger, num_tokens = self._dispatcher.choose(request.spec, candidates)
