@@ -323,7 +323,7 @@ class Fleet:
             self.alone_since_s = self.now
         actions = self.cluster.handle(event, self.now)
         for one in self.instances.values():  # a trial may be over; one that begins is seen below
-            if self.cluster.ledgers()[one.name].trial != one.trial:
+            if self.cluster.ledgers()[one.name].trial != one.trial or one.trial not in one.owed:
                 one.trial = None
         assert actions == self.twin.handle(event, self.now), "the same events, another answer"
         sent: list[Client] = []
