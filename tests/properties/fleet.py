@@ -276,7 +276,8 @@ class Fleet:
         assert not condemned or not was_ours
         self.quarantined |= dict.fromkeys(condemned, self.now + QUARANTINE_S)
         assert self.kills or all(key[2] in self.poisons for key in condemned), "an innocent"
-        assert not any(client.key in condemned for client in self.clients.values())
+        goes_on = [one for one in self.clients.values() if not one.is_cancelled]
+        assert not any(client.key in condemned for client in goes_on)
 
     def _losses(self, there: list[Client], *, is_clear: bool) -> dict[RequestId, FailReason]:
         failed = {}
@@ -355,6 +356,12 @@ class Fleet:
         client.is_tried = ledger.trial == spec.request_id
         can = one.may_try(client) if client.is_tried else one.may_take(client)
         assert can, "C2, C3, or there was no room"
+        on_trial = [
+            self.clients.get(other.trial) for other in self.instances.values() if other.trial
+        ]
+        assert not client.is_tried or all(
+            other is None or other.key != client.key for other in on_trial
+        )
         self.seen["replays"] += client.num_losses > 0
         self.seen["trials"] += client.is_tried
         client.at = one.name

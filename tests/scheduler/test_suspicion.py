@@ -226,7 +226,7 @@ def test_the_doubtful_are_tried_one_at_a_time_on_an_instance_and_by_several_at_o
 
 
 def test_one_prompt_has_one_trial_at_a_time():
-    fleet = doubtful("p0", "p1", num_instances=1)
+    fleet = doubtful("p0", "p1")
     fleet.tell(InstanceUp(B, fleet.capacity))
     assert fleet.where == {"p0": "i0"}
     fleet.token("p0")
