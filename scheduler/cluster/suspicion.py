@@ -84,7 +84,7 @@ class Suspicion:
         for key, suspect in self._suspects.items():
             suspect.has_alibi |= not is_explained and key not in there
         for key in there:
-            suspect = self._suspects.pop(key, None) or _Suspect()
+            suspect = self._suspects.pop(key, _Suspect())
             suspect.num_strikes += 1
             suspect.num_losses += 1
             suspect.seen_at_s = now

@@ -8,8 +8,8 @@ Once the fleet has *room*, so that each arrival may go to any instance; once it 
 half of the requests wait at the router. Prompts are of realistic lengths, and two fifths of them
 begin with one of eight system prompts. The bar: p99 of each kind of event at most 1 ms; ends with 1
 if it is missed. Printed beside, without a bar: loads whose prompts share *prefixes* of 8,000
-tokens, or have random *priorities*; and what the death of an instance takes, with all that it ran going on
-elsewhere.
+tokens, or have random *priorities*; and what the death of an instance takes, with all that it ran
+going on elsewhere.
 
 Times are of this thread on its core, so that what else the machine does decides nothing.
 """
