@@ -13,7 +13,8 @@ condemned end, and it is kept out for ten minutes.
 So a request that kills at its prompt costs three instances, one that kills later five; one more for
 each other instance that choices of it are on when it is found doubtful, and one more for each time
 that instances die of something else too. Nobody is blamed for having been beside it. An innocent is
-when three deaths in a row, of the whole fleet, hit it before it had a token.
+when three deaths in a row hit it before it had a token, the last one on trial; or five before it
+had many, two of them on trial; and meanwhile none died elsewhere but of one on trial there.
 """
 
 from __future__ import annotations
