@@ -47,15 +47,16 @@ class PrefixAffinity:
 
     def found(self, keys: Sequence[int]) -> dict[InstanceId, int]:
         """Return how many tokens of the prompt each instance has probably computed."""
-        found: dict[int, int] = {}
+        found: dict[InstanceId, int] = {}
+        missing = set(self._ids)  # places may name some that are gone
         nowhere: dict[int, None] = {}
         for depth in range(len(keys), 0, -1):  # who has a prompt up to here has all before
-            places = self._places.get(keys[depth - 1], nowhere)
-            for incarnation in places.keys() - found.keys():
-                found[incarnation] = depth * CHUNK_TOKENS
-            if len(found) == len(self._ids):
+            if not missing:
                 break
-        return {self._ids[key]: number for key, number in found.items() if key in self._ids}
+            for incarnation in sorted(self._places.get(keys[depth - 1], nowhere).keys() & missing):
+                missing.remove(incarnation)
+                found[self._ids[incarnation]] = depth * CHUNK_TOKENS
+        return found
 
     def sent(self, keys: Sequence[int], instance_id: InstanceId) -> None:
         """The prompt with these keys was sent there."""

@@ -133,9 +133,12 @@ class Ledger:
         """Whether a request would compute there soon; else it waits here, where it can be moved.
 
         Those of a higher rank number do not count, up to a bound: the instance lets them wait, or
-        give way. While less waits than keeps it busy, a request of any length may come.
+        give way. While less waits than keeps it busy, a request of any length may come; but none
+        beside one on trial that has no token, or its death there would prove nothing.
         """
         if self.is_draining or len(self.assigned) >= 2 * self._max_num_assigned:
+            return False
+        if self.trial in self._waiting:
             return False
         most, max_num_waiting_tokens = self._max_num_assigned, self.capacity.max_num_waiting_tokens
         # All of them are few, mostly; only else is it asked whose they are.
@@ -146,6 +149,10 @@ class Ledger:
             or _up_to(self._waiting_tokens, rank) < max_num_waiting_tokens
         )
 
+    def awaits_token(self, request_id: RequestId) -> bool:
+        """Whether no token of it came since it was sent there."""
+        return request_id in self._waiting
+
     def is_free(self, rank: int) -> bool:
         """Whether a request would compute there at once, and by itself be on trial."""
         return (
@@ -154,6 +161,13 @@ class Ledger:
             and _up_to(self._num_by_rank, rank) < self.capacity.max_num_running
             and not _up_to(self._waiting_tokens, rank)
         )
+
+    def has_memory(self, num_tokens: int) -> bool:
+        """Whether so many tokens need not wait for memory; an empty instance has all of it."""
+        if self.view is None or not self.assigned:
+            return True
+        num_free_blocks = self.view.num_free_blocks - self._num_in_flight_blocks
+        return self._blocks(num_tokens) <= num_free_blocks
 
     def load(self) -> InstanceLoad:
         """Return what policies go by; made anew when something changed, as all are asked often."""

@@ -6,11 +6,11 @@ One that lost its instance keeps its place in that order, which is before all th
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from scheduler.cluster.ledger import Ledger
 from scheduler.cluster.suspicion import Fingerprint, fingerprint
-from scheduler.types import InstanceId, RequestId, RequestSpec
+from scheduler.types import InstanceId, RejectReason, RequestId, RequestSpec
 
 
 class Assignment:
@@ -45,6 +45,12 @@ class Assignment:
             self.suspect = fingerprint(self.spec)
         return self.suspect
 
+    def is_like(self, key: Fingerprint) -> bool:
+        """Whether it is known by this; most are not, and need not be hashed to tell."""
+        return (self.spec.tenant, len(self.spec.prompt_token_ids)) == key[:2] and (
+            self.fingerprint == key
+        )
+
     @property
     def max_num_tokens(self) -> int:
         return max_num_tokens(self.spec)
@@ -53,6 +59,20 @@ class Assignment:
 def max_num_tokens(spec: RequestSpec) -> int:
     """Return what a request may become: prompt and answer."""
     return len(spec.prompt_token_ids) + spec.params.max_tokens
+
+
+def refusal(
+    spec: RequestSpec, ledgers: Collection[Ledger], num_requests: int, max_num_waiting: int
+) -> RejectReason | None:
+    """Return why there is no place for one more, beside so many that were accepted."""
+    num_tokens = max_num_tokens(spec)
+    fitting = [ledger for ledger in ledgers if ledger.capacity.fits(num_tokens)]
+    if not fitting:
+        return RejectReason.NEVER_FITS
+    if all(ledger.is_draining for ledger in fitting):
+        return RejectReason.NO_INSTANCE
+    num_running = sum(ledger.capacity.max_num_running for ledger in ledgers)
+    return RejectReason.QUEUE_FULL if num_requests >= num_running + max_num_waiting else None
 
 
 def able(ledgers: Iterable[Ledger], request: Assignment) -> list[Ledger]:

@@ -12,7 +12,7 @@ C4  every accepted request ends: by its instance, its client, or one Fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, assert_never
 
 from scheduler.cluster.dispatch import Dispatcher
@@ -38,7 +38,7 @@ from scheduler.cluster.events import (
     Settled,
 )
 from scheduler.cluster.ledger import Ledger
-from scheduler.cluster.queue import Assignment, Queue, able, fits_nowhere, max_num_tokens
+from scheduler.cluster.queue import Assignment, Queue, able, fits_nowhere, refusal
 from scheduler.cluster.suspicion import Fingerprint, Suspicion, fingerprint
 from scheduler.config import ClusterConfig
 from scheduler.types import InstanceId, RejectReason, RequestId, RequestSpec
@@ -107,15 +107,12 @@ class ClusterScheduler:
 
     def state(self) -> dict[str, Any]:
         """Return what is decided so far as plain data for people, of no fixed form."""
+        assigned = {key: one.instance_id for key, one in self._requests.items() if one.instance_id}
         waiting = [*self._queue.all(), *self._doubtful.values()]
         return {
             "draining": self._draining,
             "instances": {key: ledger.state() for key, ledger in self._instances.items()},
-            "assigned": {
-                key: request.instance_id
-                for key, request in self._requests.items()
-                if request.instance_id is not None
-            },
+            "assigned": assigned,
             "queued": [request.request_id for request in waiting],
             "doubtful": list(self._doubtful),
             "num_quarantined": self._suspicion.num_quarantined,
@@ -126,13 +123,14 @@ class ClusterScheduler:
     def handle(self, event: ClusterEvent, now: float) -> list[ClusterAction]:
         """Return what to do about the event, in order."""
         actions: list[ClusterAction] = []
+        self._suspicion.expire(now)
         match event:
             case Reported(instance_id, view):
                 if instance_id in self._instances:
                     self._instances[instance_id].report(view)
                 return actions  # room is made by first tokens and ends
             case Arrived() | FirstToken() | Settled() | Ended() | Cancelled():
-                actions += self._take_request(event, now)
+                actions += self._take_request(event)
             case InstanceUp() | InstanceDown() | InstanceDraining() | MoveAway():
                 actions += self._take_instance(event, now)
             case DrainStarted():
@@ -141,20 +139,17 @@ class ClusterScheduler:
                 pass
             case _:
                 assert_never(event)
-        actions += self._give_up(now)
-        actions += self._dispatches()
-        return actions
+        return [*actions, *self._give_up(now), *self._dispatches()]
 
     def _take_request(
-        self, event: Arrived | FirstToken | Settled | Ended | Cancelled, now: float
+        self, event: Arrived | FirstToken | Settled | Ended | Cancelled
     ) -> Iterator[ClusterAction]:
         match event:
             case Arrived(spec):
-                refusal = self._refusal(spec, now)
-                if refusal is None:
+                if (reason := self._refusal(spec)) is None:
                     self._enter(spec)
                 else:
-                    yield Reject(spec.request_id, refusal)
+                    yield Reject(spec.request_id, reason)
             case FirstToken(request_id, instance_id):
                 self._began(request_id, instance_id)
             case Settled(request_id, instance_id) if self.owner(request_id) == instance_id:
@@ -186,26 +181,16 @@ class ClusterScheduler:
 
     # --- requests come and go ---
 
-    def _refusal(self, spec: RequestSpec, now: float) -> RejectReason | None:
+    def _refusal(self, spec: RequestSpec) -> RejectReason | None:
         if not self.accepts:
             return RejectReason.NO_INSTANCE
         if spec.request_id in self._requests:
             return RejectReason.DUPLICATE_ID
-        if self._suspicion.num_quarantined and self._suspicion.is_quarantined(
-            fingerprint(spec), now
-        ):
+        suspicion, config = self._suspicion, self.config
+        if suspicion.num_quarantined and suspicion.is_quarantined(fingerprint(spec)):
             return RejectReason.QUARANTINED
-        num_tokens = max_num_tokens(spec)
         ledgers = self._instances.values()
-        fitting = [ledger for ledger in ledgers if ledger.capacity.fits(num_tokens)]
-        if not fitting:
-            return RejectReason.NEVER_FITS
-        if all(ledger.is_draining for ledger in fitting):
-            return RejectReason.NO_INSTANCE
-        num_running = sum(ledger.capacity.max_num_running for ledger in ledgers)
-        if len(self._requests) >= num_running + self.config.max_num_waiting:
-            return RejectReason.QUEUE_FULL
-        return None
+        return refusal(spec, ledgers, len(self._requests), config.max_num_waiting)
 
     def _enter(self, spec: RequestSpec) -> None:
         request = Assignment(spec, self._rank(spec), self._num_arrivals)
@@ -247,6 +232,8 @@ class ClusterScheduler:
         if request.instance_id is None:
             self._forget_queued(request)
         else:  # it stays assigned until the instance says that it ended
+            if event.num_output_tokens is not None:  # it ended well
+                self._settle(request, self._instances[request.instance_id])
             request.is_cancelled = True
             yield Abort(event.request_id, request.instance_id, event.num_output_tokens)
 
@@ -260,14 +247,11 @@ class ClusterScheduler:
     def _lose(
         self, instance_id: InstanceId, now: float, *, was_ours: bool
     ) -> Iterator[ClusterAction]:
+        """Have requests that lost their instance go on, but for what it died of."""
         ledger = self._instances.pop(instance_id, None)
         if ledger is None:
             return
         self._dispatcher.forget(instance_id)
-        yield from self._bereave(ledger, now, was_ours=was_ours)
-
-    def _bereave(self, ledger: Ledger, now: float, *, was_ours: bool) -> Iterator[ClusterAction]:
-        """Have requests that lost their instance go on, but for what it died of."""
         lost = self._owned(ledger)
         for request in lost:
             request.num_losses += not was_ours
@@ -279,18 +263,28 @@ class ClusterScheduler:
                 self._interrupt(request)
         # One that was moved away and is not let go of may be what it died of, too.
         if not was_ours and len(lost) == len(ledger.assigned):
-            self._suspicion.died((request.fingerprint for request in lost), now)
-            for request in lost:
-                if request.request_id == ledger.trial:
-                    yield from self._condemn_if_guilty(request.fingerprint, now)
+            keys = dict.fromkeys(request.fingerprint for request in lost)
+            doubtful = [key for key in keys if self._suspicion.is_doubtful(key)]
+            tried = [one.fingerprint for one in lost if one.request_id == ledger.trial]
+            is_proof = bool(tried) and doubtful == tried  # else it may have been another
+            self._suspicion.died(keys, now, is_explained=is_proof)
+            if is_proof and self._suspicion.died_on_trial(tried[0], now):
+                yield from self._condemn(tried[0])
+            yield from self._recall(keys)
 
-    def _condemn_if_guilty(self, key: Fingerprint, now: float) -> Iterator[ClusterAction]:
+    def _recall(self, keys: Iterable[Fingerprint]) -> Iterator[ClusterAction]:
+        """Have those of the doubtful that run without a trial, and may be about to kill, wait."""
+        keys = {key for key in keys if self._suspicion.is_doubtful(key)}
+        for ledger in self._instances.values() if keys else ():
+            for request in self._owned(ledger):
+                is_new = ledger.awaits_token(request.request_id) and not request.is_cancelled
+                if is_new and request.request_id != ledger.trial and request.fingerprint in keys:
+                    yield self._take_back(request, ledger)
+
+    def _condemn(self, key: Fingerprint) -> Iterator[ClusterAction]:
         """End all that runs, or would run, of what brought down its instance on trial."""
-        if not self._suspicion.died_on_trial(key, now):
-            return
-        for request in list(self._requests.values()):
-            if request.fingerprint != key or request.is_cancelled:
-                continue
+        alike = [one for one in self._requests.values() if one.is_like(key)]
+        for request in (one for one in alike if not one.is_cancelled):
             yield Fail(request.request_id, FailReason.QUARANTINED)
             if request.instance_id is None:
                 self._forget_queued(request)
@@ -300,19 +294,18 @@ class ClusterScheduler:
 
     def _move_away(self, ledger: Ledger) -> Iterator[ClusterAction]:
         for request in self._owned(ledger):
-            # The instance has it until it says that it ended; nobody listens to what it says else.
             if not request.is_cancelled:
-                yield Abort(request.request_id, ledger.instance_id)
-                self._interrupt(request)
+                yield self._take_back(request, ledger)
+
+    def _take_back(self, request: Assignment, ledger: Ledger) -> Abort:
+        """The instance has it until it says that it ended; nobody listens to what it says else."""
+        self._interrupt(request)
+        return Abort(request.request_id, ledger.instance_id)
 
     def _owned(self, ledger: Ledger) -> list[Assignment]:
         """Return the requests there that did not go on elsewhere."""
         requests = (self._requests.get(request_id) for request_id in ledger.assigned)
-        return [
-            request
-            for request in requests
-            if request is not None and request.instance_id == ledger.instance_id
-        ]
+        return [one for one in requests if one and one.instance_id == ledger.instance_id]
 
     def _interrupt(self, request: Assignment) -> None:
         """Queue a request that was running, to go on from what its client has."""
@@ -338,26 +331,22 @@ class ClusterScheduler:
         reserved = yield from self._trials()
         while (head := self._queue.head()) is not None:
             if self._is_doubtful(head):
-                self._queue.discard(head)
-                self._doubtful[head.request_id] = head
+                for request in filter(self._is_doubtful, self._queue.all()):
+                    self._queue.discard(request)
+                    self._doubtful[request.request_id] = request
                 reserved = yield from self._trials()
                 continue
             is_held = reserved is not None and reserved <= head.rank
-            candidates = [
-                ledger
-                for ledger in able(self._instances.values(), head)
-                if ledger.has_room(head.rank) and not (is_held and ledger.trial is None)
-            ]
-            if candidates:
-                self._queue.discard(head)
-                yield self._dispatch(head, candidates)
-            elif fits_nowhere(
-                self._instances.values(), head
-            ):  # it is not to hold up those behind it
-                self._queue.discard(head)
-                yield self._fail(head, FailReason.NO_INSTANCE)
-            else:
+            ledgers = self._instances.values()
+            allowed = (ledger for ledger in ledgers if ledger.trial is not None or not is_held)
+            candidates = [one for one in able(allowed, head) if one.has_room(head.rank)]
+            if not candidates and not fits_nowhere(ledgers, head):
                 return
+            self._queue.discard(head)
+            if candidates:
+                yield self._dispatch(head, candidates)
+            else:  # it is not to hold up those behind it
+                yield self._fail(head, FailReason.NO_INSTANCE)
 
     def _trials(self) -> Generator[ClusterAction, None, int | None]:
         """Put on trial whom an instance is free for; return the first rank that must wait for one.
@@ -365,32 +354,44 @@ class ClusterScheduler:
         Until then nobody of that rank or behind it goes to an instance that could have a trial, or
         it would never be free.
         """
+        if not self._doubtful:
+            return None
         reserved: int | None = None
-        on_trial = {ledger.trial for ledger in self._instances.values()} - {None}
+        ledgers = self._instances.values()
+        on_trial = {ledger.trial for ledger in ledgers} - {None}
         tried = {self._requests[one].fingerprint for one in on_trial if one in self._requests}
-        for request in list(self._doubtful.values()):
+        free: dict[int, list[Ledger]] = {}  # by rank, as there may be many of few ranks
+        for request in sorted(self._doubtful.values(), key=lambda one: (one.rank, one.ordinal)):
             if not self._is_doubtful(request):
                 del self._doubtful[request.request_id]
                 self._queue.push(request)
             elif request.fingerprint not in tried:
-                fitting = able(self._instances.values(), request)
-                candidates = [ledger for ledger in fitting if ledger.is_free(request.rank)]
+                rank, num_tokens = request.rank, len(request.spec.prompt_token_ids)
+                if rank not in free:
+                    idle = (ledger for ledger in ledgers if ledger.is_free(rank))
+                    free[rank] = list(filter(self._is_clean, idle))
+                fitting = able(free[rank], request)
+                candidates = [one for one in fitting if one.has_memory(num_tokens)]
                 if candidates:
+                    free.clear()
                     del self._doubtful[request.request_id]
                     tried.add(request.fingerprint)
                     dispatch = self._dispatch(request, candidates)
                     self._instances[dispatch.instance_id].trial = request.request_id
                     yield dispatch
-                elif fits_nowhere(self._instances.values(), request):
+                elif fits_nowhere(ledgers, request):
                     del self._doubtful[request.request_id]
                     yield self._fail(request, FailReason.NO_INSTANCE)
                 else:
-                    reserved = request.rank if reserved is None else min(reserved, request.rank)
+                    reserved = rank if reserved is None else min(reserved, rank)
         return reserved
 
+    def _is_clean(self, ledger: Ledger) -> bool:
+        """Whether nobody there is suspected, as a death there shall tell of one alone."""
+        return not any(self._suspicion.is_suspected(one.fingerprint) for one in self._owned(ledger))
+
     def _is_doubtful(self, request: Assignment) -> bool:
-        suspicion = self._suspicion
-        return not suspicion.is_empty() and suspicion.is_doubtful(request.fingerprint)
+        return not self._suspicion.is_empty() and self._suspicion.is_doubtful(request.fingerprint)
 
     def _dispatch(self, request: Assignment, candidates: list[Ledger]) -> Dispatch:
         ledger, num_tokens = self._dispatcher.choose(request.spec, candidates)

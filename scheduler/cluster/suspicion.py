@@ -3,18 +3,23 @@
 Whoever was on an instance when it died is replayed at once with all others, and is a suspect until
 it has got on. Suspects are known by tenant and prompt: choices of one request, and what a client
 sends again, are one. A suspect is *doubtful* after two deaths in a row without a token in between,
-or three without many. The doubtful are put on trial: one at a time, each on an instance where no
-other is, and where it computes at once. Who brings down its instance on trial is condemned: a death
-without a token is proof, as such a trial is short; else it takes two. All that run of it end, and
-it is kept out for ten minutes.
+or three without many. The doubtful are put on trial: one at a time, each on an instance where
+nobody else is suspected, where it computes at once, and where until its first token nobody comes
+beside it. Who brings down its instance on trial is condemned: if that was the third death in a row
+without a token, by itself; else it takes two. A trial proves nothing if in the meantime an instance
+died elsewhere of nobody on trial: instances die of something else then. All that run of who is
+condemned end, and it is kept out for ten minutes.
 
-So a request that kills at its prompt costs three instances, one that kills later five, and nobody
-is blamed for having been beside it.
+So a request that kills at its prompt costs three instances, one that kills later five; one more for
+each other instance that choices of it are on when it is found doubtful, and one more for each time
+that instances die of something else too. Nobody is blamed for having been beside it. An innocent is
+when three deaths in a row hit it before it had a token, the last one on trial; or five before it
+had many, two of them on trial; and meanwhile none died elsewhere but of one on trial there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from scheduler.types import RequestSpec
@@ -39,6 +44,7 @@ class _Suspect:
     num_strikes: int = 0
     num_losses: int = 0
     num_trial_deaths: int = 0
+    has_alibi: bool = False  # in between an instance died elsewhere, of nobody known
     seen_at_s: float = 0.0
 
     @property
@@ -61,12 +67,25 @@ class Suspicion:
         """Whether nobody is suspected, so that there is nothing to be asked."""
         return not self._suspects
 
-    def died(self, there: Iterable[Fingerprint], now: float) -> None:
-        """An instance died; each of these had requests there."""
-        for key in dict.fromkeys(there):
-            suspect = self._suspects.pop(key, None)
-            if suspect is None or now - suspect.seen_at_s > QUARANTINE_S:
-                suspect = _Suspect()
+    def expire(self, now: float) -> None:
+        """Forget what is too long ago. Both are in the order of time, so this is quick."""
+        while self._suspects:
+            key, suspect = next(iter(self._suspects.items()))
+            if now - suspect.seen_at_s < QUARANTINE_S:
+                break
+            del self._suspects[key]
+        while self._condemned:
+            key, until_s = next(iter(self._condemned.items()))
+            if now < until_s:
+                break
+            del self._condemned[key]
+
+    def died(self, there: Collection[Fingerprint], now: float, *, is_explained: bool) -> None:
+        """An instance died, alone with one on trial or not; each of these had requests there."""
+        for key, suspect in self._suspects.items():
+            suspect.has_alibi |= not is_explained and key not in there
+        for key in there:
+            suspect = self._suspects.pop(key, _Suspect())
             suspect.num_strikes += 1
             suspect.num_losses += 1
             suspect.seen_at_s = now
@@ -78,13 +97,20 @@ class Suspicion:
         suspect = self._suspects.get(key)
         if suspect is None:
             return False
+        if suspect.has_alibi:
+            suspect.has_alibi = False
+            return False
         suspect.num_trial_deaths += 1
         if suspect.num_strikes <= MAX_STRIKES and suspect.num_trial_deaths < LATE_DEATHS:
             return False
         del self._suspects[key]
+        self._condemned.pop(key, None)  # it goes to the end
         self._condemned[key] = now + QUARANTINE_S
         _bound(self._condemned)
         return True
+
+    def is_suspected(self, key: Fingerprint) -> bool:
+        return key in self._suspects
 
     def is_doubtful(self, key: Fingerprint) -> bool:
         suspect = self._suspects.get(key)
@@ -100,12 +126,8 @@ class Suspicion:
         """It ended well, or got so far that it is suspected no more."""
         self._suspects.pop(key, None)
 
-    def is_quarantined(self, key: Fingerprint, now: float) -> bool:
-        until_s = self._condemned.get(key)
-        if until_s is not None and now >= until_s:
-            del self._condemned[key]
-            return False
-        return until_s is not None
+    def is_quarantined(self, key: Fingerprint) -> bool:
+        return key in self._condemned
 
 
 def _bound(entries: dict[Fingerprint, _Suspect] | dict[Fingerprint, float]) -> None:

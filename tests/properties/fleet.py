@@ -31,15 +31,16 @@ from scheduler.cluster.events import (
     MoveAway,
     Reject,
     Reported,
+    Settled,
 )
 from scheduler.cluster.scheduler import ClusterScheduler
+from scheduler.cluster.suspicion import QUARANTINE_S, Fingerprint, fingerprint
 from scheduler.config import ClusterConfig
 from scheduler.types import InstanceId, RejectReason, RequestId, RequestSpec
 from tests.factories import make_capacity, make_spec, make_view
 from tests.properties.fleet_model import Client, Instance, Owed
 
 NUM_STEPS = 250
-QUARANTINE_S = 600.0
 
 
 class Fleet:
@@ -50,6 +51,7 @@ class Fleet:
         self.config = ClusterConfig(
             dispatch=rng.choice(list(DISPATCH_POLICIES)),
             prefix_affinity=rng.random() < 0.5,
+            prefix_caching=rng.random() < 0.7,
             max_num_waiting=rng.choice([0, 3, 20]),
             continuation_timeout_s=10.0,
             max_num_losses=rng.choice([1, 3, 32]),
@@ -66,8 +68,9 @@ class Fleet:
         self.alone_since_s: float | None = None
         self.clients: dict[RequestId, Client] = {}
         self.instances: dict[InstanceId, Instance] = {}
-        self.quarantined: dict[tuple[int, ...], float] = {}
-        self.num_deaths_of: Counter[Client] = Counter()
+        self.quarantined: dict[Fingerprint, float] = {}
+        self.num_deaths_of: Counter[Fingerprint] = Counter()
+        self.poisons: set[int] = set()
         self.num_accepted = self.num_ended = 0
         self.seen: Counter[str] = Counter()
 
@@ -104,6 +107,7 @@ class Fleet:
         is_poison = not self.kills and rng.random() < 0.1 and not self._suspects()
         if is_poison:
             spec = replace(spec, prompt_token_ids=(999, *prompt))
+            self.poisons.add(fingerprint(spec)[2])
         self._ask(replace(spec, priority=rng.choice([0, 0, 0, -1, 1])), is_poison=is_poison)
 
     def _ask(self, spec: RequestSpec, *, is_poison: bool) -> None:
@@ -123,7 +127,7 @@ class Fleet:
             return RejectReason.NO_INSTANCE
         if spec.request_id in self.clients:
             return RejectReason.DUPLICATE_ID
-        if self.quarantined.get(spec.prompt_token_ids, 0.0) > self.now:
+        if self.quarantined.get(fingerprint(spec), 0.0) > self.now:
             return RejectReason.QUARANTINED
         if not fitting:
             return RejectReason.NEVER_FITS
@@ -155,6 +159,8 @@ class Fleet:
             elif not has_token and self.rng.random() < 0.8:
                 one.has[name] = client, True
                 one.outbox.append(FirstToken(name, one.name))
+            elif has_token and self.rng.random() < 0.3:
+                one.outbox.append(Settled(name, one.name))
             else:
                 del one.has[name]
                 one.outbox.append(Ended(name, one.name))
@@ -171,7 +177,6 @@ class Fleet:
                 owed = one.owed[request_id]
                 if owed.client.at == one.name:
                     one.owed[request_id] = owed._replace(has_begun=True)
-                    owed.client.strikes = 0
             case Ended(request_id):
                 client = one.owed.pop(request_id).client
                 if client.at == one.name:
@@ -253,8 +258,10 @@ class Fleet:
     def _die(self, one: Instance, *, was_ours: bool = False) -> None:
         del self.instances[one.name]
         there, failed = self._at(one), {}
+        trial = self.cluster.ledgers()[one.name].trial
+        tried = {client.key for client in there if client.spec.request_id == trial}
         if not was_ours:
-            failed = self._blame(there, is_clear=len(there) == len(one.owed))
+            failed = self._losses(there, is_clear=len(there) == len(one.owed))
         for client in there:
             client.at = None
             if client.is_cancelled:
@@ -263,26 +270,23 @@ class Fleet:
         got = {action.request_id: action.reason for action in actions if isinstance(action, Fail)}
         assert failed.items() <= got.items()
         others = {got[name] for name in got.keys() - failed.keys()}
-        assert others <= {FailReason.NO_INSTANCE}
+        assert others <= {FailReason.NO_INSTANCE, FailReason.QUARANTINED}
+        condemned = self.cluster._suspicion._condemned.keys() - self.quarantined.keys()
+        assert condemned <= tried, "only who was on trial is condemned"
+        assert not condemned or not was_ours
+        self.quarantined |= dict.fromkeys(condemned, self.now + QUARANTINE_S)
+        assert self.kills or all(key[2] in self.poisons for key in condemned), "an innocent"
+        goes_on = [one for one in self.clients.values() if not one.is_cancelled]
+        assert not any(client.key in condemned for client in goes_on)
 
-    def _blame(self, there: list[Client], *, is_clear: bool) -> dict[RequestId, FailReason]:
+    def _losses(self, there: list[Client], *, is_clear: bool) -> dict[RequestId, FailReason]:
         failed = {}
         for client in there:
             client.num_losses += 1
-            client.strikes += is_clear
-            self.num_deaths_of[client] += is_clear
+            self.num_deaths_of[client.key] += is_clear
             if client.num_losses > self.config.max_num_losses and not client.is_cancelled:
                 failed[client.spec.request_id] = FailReason.TOO_MANY_LOSSES
-        most = max((client.strikes for client in there), default=0)
-        worst = [client for client in there if client.strikes == most]
-        if most >= 2 and len(worst) == 1 and is_clear:
-            (blamed,) = worst
-            self.quarantined[blamed.spec.prompt_token_ids] = self.now + QUARANTINE_S
-            if not blamed.is_cancelled:
-                failed[blamed.spec.request_id] = FailReason.QUARANTINED
-            assert self.kills or blamed.is_poison, "an innocent is blamed"
-        for client in there:
-            assert not client.is_poison or self.num_deaths_of[client] <= 3
+            assert not client.is_poison or self.num_deaths_of[client.key] <= 3
         return failed
 
     def _quiesce(self) -> None:
@@ -309,7 +313,7 @@ class Fleet:
             assert not ledger._num_by_rank
             assert not ledger._waiting_tokens
             assert not ledger._in_flight
-            assert ledger.doubtful is None
+            assert ledger.trial is None
 
     # --- what the scheduler does about it ---
 
@@ -319,6 +323,9 @@ class Fleet:
         elif self.alone_since_s is None and not isinstance(event, Arrived):
             self.alone_since_s = self.now
         actions = self.cluster.handle(event, self.now)
+        for one in self.instances.values():  # a trial may be over; one that begins is seen below
+            if self.cluster.ledgers()[one.name].trial != one.trial or one.trial not in one.owed:
+                one.trial = None
         assert actions == self.twin.handle(event, self.now), "the same events, another answer"
         sent: list[Client] = []
         for action in actions:
@@ -328,7 +335,11 @@ class Fleet:
                     sent.append(self._dispatched(spec, self.instances[instance_id]))
                 case Abort(request_id, instance_id):
                     one = self.instances[instance_id]
-                    one.inbox.append(("abort", one.owed[request_id].client))
+                    client = one.owed[request_id].client
+                    one.inbox.append(("abort", client))
+                    if isinstance(event, InstanceDown) and not client.is_cancelled:
+                        client.at = None  # called back, for its trial
+                        self.seen["called back"] += 1
                 case Fail(request_id, reason):
                     self._failed(self.clients[request_id], reason)
                 case Reject():
@@ -339,21 +350,36 @@ class Fleet:
         return actions
 
     def _dispatched(self, spec: RequestSpec, one: Instance) -> Client:
-        client = self.clients[spec.request_id]
+        client, ledger = self.clients[spec.request_id], self.cluster.ledgers()[one.name]
         assert client.spec is spec
         assert client.at is None, "C1: it is queued before it is sent"
-        assert one.may_take(client), "C2, C3, or there was no room"
+        client.is_tried = ledger.trial == spec.request_id
+        can = one.may_try(client) if client.is_tried else one.may_take(client)
+        assert can, "C2, C3, or there was no room"
+        on_trial = [
+            self.clients.get(other.trial) for other in self.instances.values() if other.trial
+        ]
+        assert not client.is_tried or all(
+            other is None or other.key != client.key for other in on_trial
+        )
         self.seen["replays"] += client.num_losses > 0
-        self.seen["trials"] += client.is_doubtful
+        self.seen["trials"] += client.is_tried
         client.at = one.name
-        one.owed[spec.request_id] = Owed(client, is_trial=client.is_doubtful)
+        num_tokens = ledger.assigned[spec.request_id].num_tokens
+        assert 0 < num_tokens <= len(spec.prompt_token_ids)
+        assert self.config.prefix_caching or num_tokens == len(spec.prompt_token_ids)
+        one.owed[spec.request_id] = Owed(client, num_tokens)
+        one.trial = spec.request_id if client.is_tried else one.trial
         one.num_sent += 1
         one.inbox.append(("submit", client))
         return client
 
     def _failed(self, client: Client, reason: FailReason) -> None:
-        assert client.at is None
         self.seen[reason] += 1
+        if client.at is not None:  # one like it was condemned; it is still where it was
+            assert reason is FailReason.QUARANTINED
+            client.is_cancelled = True
+            return
         if reason is FailReason.NO_INSTANCE:
             assert self._is_given_up() or self._fits_nowhere(client)
         self._ended(client)
@@ -368,16 +394,31 @@ class Fleet:
 
     def _check_queue(self, sent: list[Client]) -> None:
         """Those sent came before those that wait, and whoever is first cannot go."""
-        in_order = [client for client in sent if not client.is_doubtful]
-        orders = [client.order for client in in_order]
+        orders = [client.order for client in sent if not client.is_tried]
         assert orders == sorted(orders)
         queued = [client for client in self.clients.values() if client.at is None]
-        line = sorted((one for one in queued if not one.is_doubtful), key=lambda one: one.order)
+        doubtful = [one for one in queued if one.spec.request_id in self.cluster._doubtful]
+        line = sorted((one for one in queued if one not in doubtful), key=lambda one: one.order)
         assert not (orders and line) or orders[-1] < line[0].order, "one went past the head"
-        for client in [*line[:1], *(one for one in queued if one.is_doubtful)]:
-            assert not any(one.may_take(client) for one in self.instances.values())
+        up = self.instances.values()
+        tried = {self.clients[one.trial].key for one in up if one.trial in self.clients}
+        untried = [client for client in doubtful if client.key not in tried]
+        for client in untried:
+            for one in up:
+                ledger = self.cluster.ledgers()[one.name]
+                is_clean = not any(map(self._is_suspected, self._at(one)))
+                has_memory = ledger.has_memory(len(client.spec.prompt_token_ids))
+                assert not (one.may_try(client) and is_clean and has_memory)
+        reserved = min((client.spec.priority for client in untried), default=None)
+        for client in line[:1]:
+            is_held = reserved is not None and reserved <= client.spec.priority
+            assert not any(one.may_take(client) for one in up if one.trial or not is_held)
+        for client in (*line[:1], *untried):
             assert not self._fits_nowhere(client)
         assert not (queued and self._is_given_up()), "they wait for ever"
+
+    def _is_suspected(self, client: Client) -> bool:
+        return self.cluster._suspicion.is_suspected(client.key)
 
     def _check(self) -> None:
         cluster = self.cluster
@@ -387,6 +428,7 @@ class Fleet:
         for one in self.instances.values():
             ledger = cluster.ledgers()[one.name]
             assert ledger.assigned.keys() == one.owed.keys()
+            assert ledger.trial is None or ledger.trial in one.owed
             assert len(ledger._in_flight) == one.num_sent - one.num_covered
             assert ledger.num_waiting_tokens == one.num_waiting_tokens()
 
@@ -400,7 +442,8 @@ class Fleet:
 
     def _suspects(self) -> bool:
         owed = (owed.client for one in self.instances.values() for owed in one.owed.values())
-        return any(one.is_poison or one.strikes for one in (*owed, *self.clients.values()))
+        is_poisoned = any(one.is_poison for one in (*owed, *self.clients.values()))
+        return is_poisoned or not self.cluster._suspicion.is_empty()
 
     def _fits_nowhere(self, client: Client) -> bool:
         takers = self._open()

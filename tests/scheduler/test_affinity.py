@@ -31,8 +31,8 @@ def sent(*places):
     return affinity
 
 
-def loads(**num_requests):
-    return [InstanceLoad(InstanceId(key), num, 0, 0.0) for key, num in num_requests.items()]
+def loads(places=64, **num_requests):
+    return [InstanceLoad(InstanceId(key), num, places, 0, 0.0) for key, num in num_requests.items()]
 
 
 def ids(chosen):
@@ -47,13 +47,18 @@ def test_a_prompt_is_found_where_it_was_sent_as_far_as_it_is_the_same():
     assert affinity.found(keys_of(affinity, SYSTEM[1:])) == {}
 
 
-def test_what_was_sent_without_its_beginning_counts_nothing():
-    """An instance has the middle of a prompt only if it has what lies before."""
+def test_who_was_sent_a_prompt_up_to_somewhere_has_all_that_lies_before():
     affinity = PrefixAffinity()
     keys = keys_of(affinity, SYSTEM)
     affinity.sent(keys[:1], A)
-    affinity.sent(keys[1:], B)
-    assert affinity.found(keys) == {A: CHUNK_TOKENS}
+    affinity.sent(keys[2:], B)
+    assert affinity.found(keys) == {A: CHUNK_TOKENS, B: 3 * CHUNK_TOKENS}
+
+
+def test_those_that_are_gone_hide_nobody_who_has_less_of_it():
+    affinity = sent((SYSTEM, A), (SYSTEM, B), (SYSTEM[:CHUNK_TOKENS], C))
+    affinity.forget(A)
+    assert affinity.found(keys_of(affinity, SYSTEM)) == {B: 3 * CHUNK_TOKENS, C: CHUNK_TOKENS}
 
 
 def test_only_full_chunks_count_and_only_so_many():
@@ -140,3 +145,10 @@ def test_when_the_one_with_the_most_is_too_busy_the_next_is_preferred():
     found = {A: 4 * TOKENS_PER_REQUEST, B: 2 * TOKENS_PER_REQUEST}
     assert ids(preferred(loads(a=9, b=2, c=0), found)) == [B]
     assert ids(preferred(loads(b=2, a=9, c=0), found)) == [B]
+
+
+def test_the_lead_of_an_instance_is_bounded_by_what_it_may_run():
+    found = {A: 100 * TOKENS_PER_REQUEST}
+    assert ids(preferred(loads(places=16, a=8, b=5), found)) == [A]
+    assert ids(preferred(loads(places=16, a=9, b=5), found)) == [A, B]
+    assert ids(preferred(loads(places=4, a=7, b=5), found)) == [A, B]

@@ -235,7 +235,6 @@ def test_a_word_about_a_stranger_is_nothing():
     ):
         assert cluster.handle(event, 0.0) == []
     assert cluster.state() == before
-    assert cluster.views() == {}
 
 
 # --- instances go ---
@@ -392,6 +391,25 @@ def test_the_same_beginning_goes_to_the_same_instance_until_that_is_too_busy():
     assert fill(cluster, 3, prompt=prompt) == [("f0", A), ("f1", A), ("f2", B)]
 
 
+def test_many_of_one_cached_prompt_are_let_in_at_once():
+    """Room is what is to be computed, and of what is cached there that is next to nothing."""
+    cluster = make_cluster(dispatch="freeness", prefix_affinity=True)
+    capacity = make_capacity(
+        max_num_running=64, max_num_waiting_tokens=4096, max_model_len=4096, num_blocks=4096
+    )
+    cluster.handle(InstanceUp(A, capacity), 0.0)
+    prefix = range(1500)
+    arrive(cluster, "first", prompt=prefix)
+    cluster.handle(FirstToken(RequestId("first"), A), 0.0)
+    for number in range(48):
+        prompt = (*prefix, *range(2000 + 20 * number, 2020 + 20 * number))
+        assert sent(arrive(cluster, f"r{number}", prompt=prompt)) == [(f"r{number}", A)]
+    # Without a cache two keep it busy: it is the third that waits.
+    uncached = make_cluster(dispatch="freeness", prefix_caching=False)
+    uncached.handle(InstanceUp(A, capacity), 0.0)
+    assert len(fill(uncached, 48, prompt=prefix)) == 3
+
+
 def test_what_an_instance_had_computed_is_gone_with_it():
     cluster = make_cluster(A, B, prefix_affinity=True)
     prompt = range(100)
@@ -407,10 +425,10 @@ def test_a_report_changes_what_is_known_and_dispatches_nothing():
     cluster = make_cluster(A, B, dispatch="freeness")
     view = make_view(num_running=2, num_free_blocks=4)
     assert cluster.handle(Reported(A, view), 0.0) == []
-    assert cluster.views() == {A: view}
+    assert cluster.ledgers()[A].view == view
     assert sent(arrive(cluster, "r")) == [("r", B)]
     cluster.handle(InstanceDown(A), 0.0)
-    assert cluster.views() == {}
+    assert cluster.ledgers().keys() == {B}
 
 
 @pytest.mark.parametrize("dispatch", ["round_robin", "least_loaded", "freeness"])
@@ -448,7 +466,13 @@ def test_the_state_is_plain_data():
     assert cluster.state() == {
         "draining": False,
         "instances": {
-            "a": {"num_assigned": 3, "num_waiting_tokens": 9, "freeness": 256.0, "draining": False}
+            "a": {
+                "num_assigned": 3,
+                "num_waiting_tokens": 9,
+                "freeness": 256.0,
+                "draining": False,
+                "trial": None,
+            }
         },
         "assigned": {"f0": "a", "f1": "a", "f2": "a"},
         "queued": ["r"],

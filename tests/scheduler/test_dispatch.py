@@ -10,20 +10,23 @@ import pytest
 from scheduler.cluster.dispatch import (
     DISPATCH_POLICIES,
     Choice,
+    Dispatcher,
     dispatch_policy,
     freeness,
     least_loaded,
     power_of_two,
     round_robin,
 )
-from scheduler.cluster.ledger import InstanceLoad
+from scheduler.cluster.ledger import InstanceLoad, Ledger
+from scheduler.config import ClusterConfig
 from scheduler.types import InstanceId
+from tests.factories import make_capacity, make_spec
 
 A, B, C = map(InstanceId, "abc")
 
 
-def load(instance_id, num_requests=0, num_waiting_tokens=0, steps=0.0):
-    return InstanceLoad(instance_id, num_requests, num_waiting_tokens, steps)
+def load(instance_id, num_requests=0, num_waiting_tokens=0, steps=0.0, places=8):
+    return InstanceLoad(instance_id, num_requests, places, num_waiting_tokens, steps)
 
 
 def choice(*loads, last=None, draw=0):
@@ -47,6 +50,10 @@ def test_round_robin_goes_past_those_that_cannot_and_on_from_one_that_is_gone():
 
 def test_least_loaded_takes_the_one_with_the_fewest_requests():
     assert least_loaded(choice(load(A, 3), load(B, 1, 999), load(C, 2))) == B
+
+
+def test_least_loaded_goes_by_the_share_of_the_places_that_are_taken():
+    assert least_loaded(choice(load(A, 3, places=4), load(B, 5, places=8))) == B
 
 
 def test_of_equally_many_least_loaded_takes_the_one_with_the_least_to_compute():
@@ -101,3 +108,36 @@ def test_an_unknown_policy_is_an_error_that_lists_the_names():
     )
     with pytest.raises(ValueError, match=re.escape(words)):
         dispatch_policy("best")
+
+
+# --- who applies them: what is left to be computed where ---
+
+
+def sends(*prompts, instances=(A,), **settings):
+    """Return where each prompt went, and how many tokens of it were to be computed there."""
+    dispatcher = Dispatcher(ClusterConfig(dispatch="least_loaded", **settings))
+    ledgers = [Ledger(instance_id, make_capacity(max_num_running=64)) for instance_id in instances]
+    went = []
+    for number, prompt in enumerate(prompts):
+        ledger, num_tokens = dispatcher.choose(make_spec(prompt=prompt), ledgers)
+        ledger.send(f"r{number}", 0, num_tokens)
+        went.append((ledger.instance_id, num_tokens))
+    return went
+
+
+def test_of_a_prompt_counts_what_is_probably_not_cached_where_it_goes():
+    """Of the next chunk, which is not known to be there, all but one token may be."""
+    assert sends(range(200), range(400), range(900, 903)) == [(A, 200), (A, 400 - 192 - 63), (A, 3)]
+
+
+def test_a_prompt_that_is_cached_counts_as_one_token():
+    assert sends(range(200), range(200))[1] == (A, 1)
+
+
+def test_all_of_a_prompt_counts_where_it_was_not_sent():
+    went = sends(range(200), range(200), instances=(A, B), prefix_affinity=False)
+    assert went == [(A, 200), (B, 200)]
+
+
+def test_all_of_a_prompt_counts_if_instances_cache_nothing():
+    assert sends(range(200), range(200), prefix_caching=False)[1] == (A, 200)

@@ -92,13 +92,13 @@ def test_the_load_counts_all_that_is_owed_an_end_whatever_was_reported():
     ledger.send(R[0], 0, 5)
     ledger.send(R[1], 7, 6)
     ledger.report(make_view())
-    assert ledger.load() == ("a", 2, 11, ledger.freeness(dispatch=True))
+    assert ledger.load() == ("a", 2, 2, 11, ledger.freeness(dispatch=True))
     ledger.began(R[0])
-    assert ledger.load()[:3] == ("a", 2, 6)
+    assert ledger.load()[:4] == ("a", 2, 2, 6)
     ledger.ended(R[0])
-    assert ledger.load()[:3] == ("a", 1, 6)
+    assert ledger.load()[:4] == ("a", 1, 2, 6)
     ledger.ended(R[1])
-    assert ledger.load()[:3] == ("a", 0, 0)
+    assert ledger.load()[:4] == ("a", 0, 2, 0)
 
 
 def test_beginning_or_ending_twice_counts_once_and_strangers_count_nothing():
@@ -109,19 +109,19 @@ def test_beginning_or_ending_twice_counts_once_and_strangers_count_nothing():
         ledger.began(R[0])
         ledger.ended(R[2])
         ledger.began(R[3])
-    assert ledger.load()[:3] == ("a", 2, 7)
+    assert ledger.load()[:4] == ("a", 2, 2, 7)
     for _ in range(2):
         ledger.ended(R[0])
-        assert ledger.load()[:3] == ("a", 1, 7)
+        assert ledger.load()[:4] == ("a", 1, 2, 7)
 
 
 def test_without_the_ledger_the_load_is_what_was_reported_last():
     ledger = make_ledger(is_trusted=False)
     ledger.send(R[0], 0, 40)
-    assert ledger.load() == ("a", 0, 0, M)
+    assert ledger.load() == ("a", 0, 2, 0, M)
     ledger.report(make_view(num_running=2, num_waiting=1, num_waiting_tokens=8, num_free_blocks=40))
     ledger.send(R[1], 0, 40)
-    assert ledger.load() == ("a", 3, 0, (40 - 2) * 4 / 3)
+    assert ledger.load() == ("a", 3, 2, 0, (40 - 2) * 4 / 3)
 
 
 # --- room ---
@@ -174,9 +174,7 @@ def test_those_of_a_higher_rank_number_take_no_room():
     assert not ledger.has_room(5)
     assert not ledger.has_room(6)
     assert ledger.has_room(4)
-    ledger.send(R[2], 4, 3)
-    assert ledger.has_room(4)
-    ledger.send(R[3], -1, 7)
+    ledger.send(R[2], 4, 10)
     assert not ledger.has_room(4)
     assert ledger.has_room(-1)
 
@@ -202,15 +200,70 @@ def test_one_that_drains_has_room_for_nobody():
     assert not ledger.has_room(0)
 
 
-def test_a_trial_is_over_with_the_first_token_or_the_end():
+def test_urgent_ones_find_no_more_room_than_for_twice_as_many():
+    ledger = make_ledger(max_num_running=2, max_num_waiting_tokens=1)
+    for index in range(6):
+        assert ledger.has_room(-index)
+        ledger.send(R[index], -index, 1)
+    assert not ledger.has_room(-6)
+
+
+# --- trials ---
+
+
+def test_one_is_free_for_a_trial_when_nobody_waits_and_not_all_run():
+    ledger = make_ledger(max_num_running=2)
+    assert ledger.is_free(0)
+    ledger.send(R[0], 0, 1)
+    assert not ledger.is_free(0)
+    assert not ledger.is_free(1)
+    assert ledger.is_free(-1), "it would go before that"
+    ledger.began(R[0])
+    assert ledger.is_free(0)
+    ledger.send(R[1], 0, 1)
+    ledger.began(R[1])
+    assert not ledger.is_free(0)
+    ledger.ended(R[0])
+    assert ledger.is_free(0)
+    ledger.trial = R[1]
+    assert not ledger.is_free(0)
+
+
+def test_one_that_drains_is_not_free():
     ledger = make_ledger()
-    for tell in (ledger.began, ledger.ended):
-        ledger.send(R[0], 0, 1)
-        ledger.send(R[1], 0, 1)
-        ledger.doubtful = R[0]
-        tell(R[1])
-        assert ledger.doubtful == R[0]
-        tell(R[0])
-        assert ledger.doubtful is None
-        ledger.ended(R[0])
-        ledger.ended(R[1])
+    ledger.drain()
+    assert not ledger.is_free(0)
+
+
+def test_nobody_comes_beside_one_on_trial_before_its_first_token():
+    ledger = make_ledger(max_num_running=8)
+    ledger.send(R[0], 0, 1)
+    ledger.trial = R[0]
+    assert not ledger.has_room(0)
+    assert not ledger.has_room(-1)
+    ledger.began(R[0])
+    assert ledger.has_room(0)
+
+
+def test_a_trial_is_over_with_its_end_and_nobody_elses():
+    ledger = make_ledger()
+    ledger.send(R[0], 0, 1)
+    ledger.send(R[1], 0, 1)
+    ledger.trial = R[0]
+    ledger.ended(R[1])
+    assert ledger.trial == R[0]
+    ledger.ended(R[0])
+    assert ledger.trial is None
+
+
+def test_memory_is_what_was_reported_less_what_is_on_its_way_and_all_of_an_empty_one():
+    ledger = make_ledger()
+    assert ledger.has_memory(10_000)
+    ledger.report(make_view(num_free_blocks=0))
+    assert ledger.has_memory(10_000), "it only has cached prefixes, or the report is old"
+    ledger.send(R[0], 0, 8)
+    ledger.report(make_view(num_free_blocks=5))
+    assert ledger.has_memory(3 * 4)
+    assert not ledger.has_memory(3 * 4 + 1)
+    ledger.report(make_view(num_free_blocks=5, num_given=1))
+    assert ledger.has_memory(5 * 4)

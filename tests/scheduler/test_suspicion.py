@@ -1,14 +1,18 @@
 """Requests that instances die of: found after few deaths, kept out for a while, none else blamed.
 
-Driven through the cluster scheduler; a *poison* kills each instance that it was sent to, before it
-has a token.
+Driven through the cluster scheduler. A *poison* kills each instance that it was sent to: before it
+has a token there, or after so many.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
+import pytest
+
 from scheduler.cluster.events import (
+    Abort,
     Arrived,
     Cancelled,
     Dispatch,
@@ -20,281 +24,476 @@ from scheduler.cluster.events import (
     InstanceUp,
     MoveAway,
     Reject,
+    Reported,
+    Settled,
 )
 from scheduler.cluster.scheduler import ClusterScheduler
-from scheduler.cluster.suspicion import QUARANTINE_S, Quarantine, culprit
+from scheduler.cluster.suspicion import (
+    QUARANTINE_S,
+    SETTLED_TOKENS,
+    Suspicion,
+    fingerprint,
+)
 from scheduler.config import ClusterConfig
 from scheduler.types import InstanceId, RejectReason, RequestId
-from tests.factories import make_capacity, make_spec
+from tests.factories import make_capacity, make_spec, make_view
 
-A, B = InstanceId("a"), InstanceId("b")
+A, B = InstanceId("i0"), InstanceId("i1")
 
 
 class Fleet:
-    """Instances that come back at once, die of every poison, and answer all else with a token."""
+    """Instances that come back at once and obey at once, and die of poisons."""
 
-    def __init__(self, num_instances, *, poison=(), max_num_running=8, **settings):
+    def __init__(self, num_instances, *, max_num_running=8, **settings):
         self.cluster = ClusterScheduler(
-            ClusterConfig(dispatch="least_loaded", prefix_affinity=False, **settings)
+            ClusterConfig(dispatch="least_loaded", prefix_affinity=False, **settings),
+            rank=lambda spec: spec.priority,
         )
         self.capacity = make_capacity(max_num_running=max_num_running)
-        self.poison = {RequestId(name) for name in poison}
-        self.where = {}
+        self.kills_after = {}  # so many tokens of a life
+        self.num_tokens = {}  # where each is, of this life
         self.num_deaths = 0
         self.failed = {}
+        self.refused = {}
         for index in range(num_instances):
             self.tell(InstanceUp(InstanceId(f"i{index}"), self.capacity))
+
+    @property
+    def where(self):
+        return {name: instance_id for instance_id, name in self.num_tokens}
 
     def tell(self, event, now=0.0):
         actions = self.cluster.handle(event, now)
         for action in actions:
             match action:
                 case Dispatch(spec, instance_id):
-                    self.where[spec.request_id] = instance_id
+                    self.num_tokens[instance_id, spec.request_id] = 0
                 case Fail(request_id, reason):
                     self.failed[request_id] = reason
-                    self.where.pop(request_id, None)
+                case Reject(request_id, reason):
+                    self.refused[request_id] = reason
+        for action in actions:
+            if isinstance(action, Abort):
+                self.end(action.request_id, action.instance_id)
         return actions
 
-    def arrive(self, *names):
-        return [self.tell(Arrived(make_spec(name, prompt=(ord(name[0]),)))) for name in names]
+    def arrive(self, *names, kills_after=None, priority=0):
+        """Those of the same first letter have the same prompt."""
+        for name in names:
+            if kills_after is not None:
+                self.kills_after[name] = kills_after
+            spec = make_spec(name, prompt=(ord(name[0]), *map(ord, name[1:2] * (name[0] == "b"))))
+            self.tell(Arrived(replace(spec, priority=priority)))
 
-    def kill(self, instance_id):
-        """The instance dies and a new one of its name is up."""
-        self.num_deaths += 1
-        for name in [name for name, place in self.where.items() if place == instance_id]:
-            del self.where[name]
-        self.tell(InstanceDown(instance_id))
-        self.tell(InstanceUp(instance_id, self.capacity))
-
-    def until_quiet(self):
-        """Let instances die of poisons until there is none left on any."""
-        while doomed := sorted({self.where[name] for name in self.poison & set(self.where)}):
-            self.kill(doomed[0])
-
-    def settle(self):
-        """Let time pass: poisons kill, all others get a token, those in doubt have their trial."""
-        for _ in range(9):
-            self.until_quiet()
-            for name in list(self.where):
-                self.token(name)
+    def kill(self, *instance_ids):
+        """The instances die, and then new ones of their names are up."""
+        for instance_id in instance_ids:
+            self.num_deaths += 1
+            for key in [key for key in self.num_tokens if key[0] == instance_id]:
+                del self.num_tokens[key]
+            self.tell(InstanceDown(instance_id))
+        for instance_id in instance_ids:
+            self.tell(InstanceUp(instance_id, self.capacity))
 
     def token(self, name):
-        self.tell(FirstToken(RequestId(name), self.where[name]))
+        """It gets a token, or kills its instance."""
+        key = self.where[name], RequestId(name)
+        if self.num_tokens[key] >= self.kills_after.get(name, 10**9):
+            self.kill(key[0])
+            return
+        self.num_tokens[key] += 1
+        if self.num_tokens[key] == 1:
+            self.tell(FirstToken(key[1], key[0]))
+        if self.num_tokens[key] == SETTLED_TOKENS:
+            self.tell(Settled(key[1], key[0]))
+
+    def end(self, name, instance_id=None):
+        instance_id = instance_id or self.where[name]
+        self.num_tokens.pop((instance_id, name), None)
+        self.tell(Ended(RequestId(name), instance_id))
+
+    def run(self, num_tokens, rng=None):
+        """Each that runs gets so many tokens, one after the other, in whatever order."""
+        for _ in range(num_tokens):
+            names = list(self.where)
+            if rng is not None:
+                rng.shuffle(names)
+            for name in names:
+                if name in self.where:
+                    self.token(name)
 
 
-def test_the_one_that_was_at_more_deaths_in_a_row_than_all_others_is_to_blame():
-    assert culprit([("r", 2), ("s", 1), ("t", 0)]) == "r"
-    assert culprit([("r", 1), ("s", 2), ("t", 1)]) == "s"
-    assert culprit([("r", 2), ("s", 3), ("t", 2)]) == "s", "s was on trial, the others were not"
-    assert culprit([("r", 2), ("s", 2), ("t", 1)]) is None
-    assert culprit([("r", 2), ("s", 3), ("t", 3), ("u", 2)]) is None
-    assert culprit([("r", 1)]) is None
-    assert culprit([]) is None
+# --- how many deaths it takes, and that nobody else is blamed ---
 
 
-def test_a_poison_that_runs_alone_brings_down_two_instances():
-    fleet = Fleet(2, poison="p")
-    fleet.arrive("p")
-    fleet.until_quiet()
-    assert fleet.failed == {"p": FailReason.QUARANTINED}
-    assert fleet.num_deaths == 2
+BYSTANDERS = [f"b{chr(65 + index)}" for index in range(20)]
 
 
-def test_a_poison_among_requests_that_get_on_brings_down_two_instances_and_fails_alone():
-    fleet = Fleet(1, poison="p")
-    fleet.arrive("q", "p", "r")
-    fleet.kill(InstanceId("i0"))
-    for name in "qr":
-        fleet.token(name)
-    fleet.until_quiet()
-    assert fleet.failed == {"p": FailReason.QUARANTINED}
-    assert fleet.num_deaths == 2
-    assert set(fleet.where) == {"q", "r"}
+@pytest.mark.parametrize("num_instances", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_choices", [1, 2, 4, 8])
+@pytest.mark.parametrize("kills_after", [0, 1, 20, 63])
+def test_a_poison_is_found_alone_among_twenty(num_instances, num_choices, kills_after):
+    """Three deaths if it kills at its prompt, five if later, and one for each other place."""
+    most = 3 if not kills_after else 5 + min(num_choices, num_instances) - 1
+    for seed in range(3):
+        rng = random.Random(seed)
+        fleet = Fleet(num_instances)
+        choices = [f"p{index}" for index in range(num_choices)]
+        names = [*BYSTANDERS, "p"]
+        rng.shuffle(names)
+        for name in names:
+            if name == "p":
+                fleet.arrive(*choices, kills_after=kills_after)
+            else:
+                fleet.arrive(name)
+        done = set()
+        for _ in range(60):
+            fleet.run(rng.randint(1, 70), rng)
+            for name in [name for name in fleet.where if name[0] == "b"][:4]:
+                fleet.end(name)
+                done.add(name)
+        assert fleet.failed == dict.fromkeys(choices, FailReason.QUARANTINED)
+        assert fleet.num_deaths <= most
+        assert done == set(BYSTANDERS)
+        assert not fleet.cluster.num_queued
 
 
-def test_a_poison_among_requests_that_do_not_get_on_brings_down_three_and_fails_alone():
-    for num_instances in (1, 2, 3):
-        for poison in "opqrs":
-            fleet = Fleet(num_instances, poison=poison)
-            fleet.arrive(*"opqrs")
-            fleet.settle()
-            assert fleet.failed == {poison: FailReason.QUARANTINED}
-            assert fleet.num_deaths <= 3
-            assert set(fleet.where) == set("opqrs") - {poison}
-            assert fleet.cluster.num_queued == 0
+def test_what_is_sent_again_after_its_client_left_is_found_too():
+    for kills_after, most in ((0, 3), (5, 5)):
+        fleet = Fleet(2)
+        for number in range(9):
+            name = f"p{number}"
+            fleet.arrive(name)
+            if name in fleet.refused:
+                break
+            fleet.run(kills_after)
+            # It is told to drop it, and dies before it obeys.
+            home = fleet.where[name]
+            fleet.cluster.handle(Cancelled(RequestId(name)), 0.0)
+            fleet.kill(home)
+        assert fleet.refused == {f"p{most}": RejectReason.QUARANTINED}
+        assert fleet.num_deaths == most
 
 
 def test_two_poisons_are_found_and_nobody_else_is_blamed():
-    for pair in ("op", "or", "qs"):
-        fleet = Fleet(2, poison=pair)
-        fleet.arrive(*"opqrs")
-        fleet.settle()
-        assert fleet.failed == dict.fromkeys(pair, FailReason.QUARANTINED)
-        assert set(fleet.where) == set("opqrs") - set(pair)
+    for seed in range(20):
+        fleet = Fleet(2)
+        fleet.arrive("p", "q", kills_after=0)
+        fleet.arrive(*"rst")
+        for _ in range(9):
+            fleet.run(70, random.Random(seed))
+        assert fleet.failed == dict.fromkeys("pq", FailReason.QUARANTINED)
+        assert fleet.num_deaths <= 3 + 3 + 2
+        assert set(fleet.where) == set("rst")
+
+
+def test_choices_without_a_token_are_called_back_when_they_are_found_doubtful():
+    """They would kill where they are, before the trial is over."""
+    fleet = Fleet(3)
+    fleet.arrive("p0", "p1", "p2", kills_after=0)
+    assert set(fleet.where.values()) == {"i0", "i1", "i2"}
+    fleet.token("p0")
+    fleet.token(next(name for name, place in fleet.where.items() if place == "i1"))
+    assert len(fleet.where) == 1, "one is on trial"
+    assert fleet.cluster.num_queued == 2
+    fleet.run(1)
+    assert fleet.num_deaths == 3
+    assert fleet.failed == dict.fromkeys(["p0", "p1", "p2"], FailReason.QUARANTINED)
+
+
+# --- the trial ---
+
+
+def doubtful(*names, num_instances=1):
+    """Return a fleet where two instances died under these."""
+    fleet = Fleet(num_instances)
+    fleet.arrive(*names)
+    for _ in range(2):
+        fleet.kill(*(InstanceId(f"i{index}") for index in range(num_instances)))
+    return fleet
 
 
 def test_the_doubtful_are_tried_one_at_a_time_on_an_instance_and_by_several_at_once():
-    fleet = Fleet(1)
-    fleet.arrive(*"pqr")
-    fleet.kill(InstanceId("i0"))
-    fleet.kill(InstanceId("i0"))
-    assert list(fleet.where) == ["p"]
+    fleet = doubtful(*"pqr")
+    assert fleet.where == {"p": "i0"}
     assert fleet.cluster.state()["doubtful"] == ["q", "r"]
-    fleet.tell(InstanceUp(InstanceId("i1"), fleet.capacity))
+    fleet.tell(InstanceUp(B, fleet.capacity))
     assert fleet.where == {"p": "i0", "q": "i1"}
     fleet.token("q")
-    assert fleet.where == {"p": "i0", "q": "i1", "r": "i1"}
+    assert fleet.where == {"p": "i0", "q": "i1"}, "q is suspected until it settles or ends"
+    fleet.end("q")
+    assert fleet.where == {"p": "i0", "r": "i1"}
 
 
-def test_others_are_served_while_one_is_on_trial():
-    fleet = Fleet(1)
-    fleet.arrive(*"pq")
-    fleet.kill(InstanceId("i0"))
-    fleet.kill(InstanceId("i0"))
+def test_one_prompt_has_one_trial_at_a_time():
+    fleet = doubtful("p0", "p1")
+    fleet.tell(InstanceUp(B, fleet.capacity))
+    assert fleet.where == {"p0": "i0"}
+    fleet.token("p0")
+    assert set(fleet.where) == {"p0", "p1"}, "none of them is doubtful any more"
+
+
+def test_nobody_is_beside_one_on_trial_until_its_first_token():
+    fleet = doubtful("p")
     fleet.arrive("x")
-    assert set(fleet.where) == {"p", "x"}
+    fleet.arrive("u", priority=-1)
+    assert fleet.where == {"p": "i0"}
+    fleet.token("p")
+    assert set(fleet.where) == set("pxu")
+
+
+def test_no_trial_begins_where_requests_wait_or_all_places_are_taken():
+    fleet = Fleet(2, max_num_running=1)
+    fleet.arrive("p")
+    fleet.kill(A)
+    fleet.tell(InstanceDown(A, was_ours=True))
+    fleet.arrive("x")
+    assert fleet.where == {"p": "i1", "x": "i1"}
+    fleet.token("x")
+    fleet.end("x")
+    fleet.kill(B)
+    assert fleet.where == {"p": "i1"}, "an instance without others"
+    fleet.arrive("y")
+    fleet.arrive("z")
+    assert fleet.cluster.num_queued == 2
+
+
+def suspect(fleet, name, num_deaths=2):
+    for _ in range(num_deaths):
+        key = fingerprint(make_spec(prompt=(ord(name[0]),)))
+        fleet.cluster._suspicion.died([key], 0.0, is_explained=True)
+
+
+def test_those_behind_a_doubtful_one_wait_until_an_instance_is_free_for_it():
+    """Else it would wait for ever in a fleet that is always busy."""
+    fleet = Fleet(1, max_num_running=1)
+    suspect(fleet, "p")
+    fleet.arrive("x0", "x1", "p", "y0")
+    fleet.arrive("u", priority=-1)
+    assert set(fleet.where) == {"x0", "x1", "u"}, "who comes before it does not wait"
+    for name in ("u", "x0"):
+        fleet.end(name)
+    assert set(fleet.where) == {"x1"}
+    fleet.end("x1")
+    assert set(fleet.where) == {"p"}
+    fleet.token("p")
+    assert set(fleet.where) == {"p", "y0"}
+
+
+def test_a_trial_does_not_begin_where_it_would_wait_for_memory():
+    fleet = Fleet(1)
+    suspect(fleet, "p")
+    fleet.arrive("x")
+    fleet.token("x")
+    fleet.tell(Reported(A, make_view(num_running=1, num_free_blocks=0, num_given=1)))
+    fleet.arrive("p")
+    assert set(fleet.where) == {"x"}
+    fleet.end("x")
+    assert set(fleet.where) == {"p"}
+
+
+def test_a_death_beside_another_doubtful_one_proves_nothing():
+    """It was there before it was found doubtful."""
+    fleet = Fleet(2)
+    fleet.arrive("q0", "q1")
+    fleet.run(1)
+    suspect(fleet, "p")
+    fleet.arrive("p")
+    assert fleet.cluster.ledgers()[A].trial == "p"
+    suspect(fleet, "q", num_deaths=3)
+    fleet.kill(A)
+    assert fleet.failed == {}
+
+
+def test_a_trial_proves_nothing_while_instances_die_of_something_else():
+    fleet = doubtful("p")
+    fleet.tell(InstanceUp(B, fleet.capacity))
+    fleet.kill(B)
+    fleet.kill(A)
+    assert fleet.failed == {}
+    fleet.kill(fleet.where["p"])
+    assert fleet.failed == {"p": FailReason.QUARANTINED}
+
+
+def test_the_death_of_another_on_trial_speaks_for_nobody():
+    fleet = doubtful(*"pq")
+    fleet.tell(InstanceUp(B, fleet.capacity))
+    fleet.kill(fleet.where["p"])
+    assert fleet.failed == {"p": FailReason.QUARANTINED}
+    fleet.kill(fleet.where["q"])
+    assert set(fleet.failed) == {"p", "q"}
 
 
 def test_one_that_got_on_begins_anew():
     """A long request meets many deaths; it is to blame for none that it outlives."""
     fleet = Fleet(1)
     fleet.arrive("r")
-    for _ in range(6):
-        fleet.kill(InstanceId("i0"))
-        fleet.token("r")
-    fleet.kill(InstanceId("i0"))
+    for _ in range(20):
+        fleet.run(SETTLED_TOKENS)
+        fleet.kill(A)
     assert fleet.failed == {}
-    fleet.kill(InstanceId("i0"))
+    assert fleet.where == {"r": "i0"}
+
+
+def test_one_that_gets_a_token_each_time_is_tried_twice():
+    fleet = Fleet(1)
+    fleet.arrive("r")
+    for _ in range(4):
+        fleet.run(SETTLED_TOKENS - 1)
+        fleet.kill(A)
+    assert fleet.failed == {}
+    fleet.run(SETTLED_TOKENS - 1)
+    fleet.kill(A)
     assert fleet.failed == {"r": FailReason.QUARANTINED}
+
+
+@pytest.mark.parametrize("ends", ["by itself", "by a stop string"])
+def test_one_that_ended_well_is_suspected_no_more(ends):
+    fleet = Fleet(1)
+    for number in range(9):
+        name = f"r{number}"
+        fleet.arrive(name)
+        fleet.kill(A)
+        fleet.run(1)
+        if ends == "by itself":
+            fleet.end(name)
+        else:
+            fleet.tell(Cancelled(RequestId(name), 1))
+        assert fleet.cluster._suspicion.is_empty()
+    assert fleet.failed == {}
 
 
 def test_one_that_loses_too_many_instances_is_given_up_though_not_blamed():
     fleet = Fleet(1, max_num_losses=4)
     fleet.arrive("r")
     for _ in range(4):
-        fleet.kill(InstanceId("i0"))
-        fleet.token("r")
+        fleet.run(SETTLED_TOKENS)
+        fleet.kill(A)
     assert fleet.failed == {}
-    fleet.kill(InstanceId("i0"))
+    fleet.kill(A)
     assert fleet.failed == {"r": FailReason.TOO_MANY_LOSSES}
-    assert fleet.arrive("r") == [[Dispatch(make_spec("r", prompt=(ord("r"),)), "i0")]]
 
 
 def test_an_end_that_was_asked_for_is_nobodys_fault():
     fleet = Fleet(1, max_num_losses=0)
     fleet.arrive("r")
     for _ in range(5):
-        fleet.tell(InstanceDown(InstanceId("i0"), was_ours=True))
-        fleet.tell(InstanceUp(InstanceId("i0"), fleet.capacity))
+        fleet.num_tokens.clear()
+        fleet.tell(InstanceDown(A, was_ours=True))
+        fleet.tell(InstanceUp(A, fleet.capacity))
     assert fleet.failed == {}
     assert fleet.where == {"r": "i0"}
-
-
-def test_one_that_was_moved_away_is_not_blamed_for_the_death_of_where_it_was():
-    fleet = Fleet(2)
-    fleet.arrive("r")
-    for _ in range(3):
-        home = fleet.where["r"]
-        fleet.tell(MoveAway(home))
-        assert fleet.where["r"] != home
-        fleet.tell(InstanceDown(home))
-        fleet.tell(InstanceUp(home, fleet.capacity))
-    assert fleet.failed == {}
 
 
 def test_nobody_is_suspected_while_one_that_was_moved_away_is_not_yet_let_go():
     fleet = Fleet(1)
     fleet.arrive("x")
-    fleet.kill(InstanceId("i0"))
+    fleet.kill(A)
     fleet.arrive("p")
-    fleet.tell(MoveAway(InstanceId("i0")))
-    fleet.tell(Ended(RequestId("x"), InstanceId("i0")))
-    assert fleet.where["x"] == "i0", "it is back, and p is still there"
-    fleet.kill(InstanceId("i0"))
-    assert fleet.failed == {}
+    for event in (MoveAway(A), Ended(RequestId("x"), A)):
+        fleet.cluster.handle(event, 0.0)
+    assert fleet.cluster.owner(RequestId("x")) == A, "it is back, and p is still there"
+    fleet.kill(A)
+    assert fleet.cluster.state()["doubtful"] == []
     assert fleet.where == {"x": "i0", "p": "i0"}
 
 
 def test_moving_a_doubtful_one_does_not_end_its_trial():
-    fleet = Fleet(1)
-    fleet.arrive(*"pq")
-    fleet.kill(InstanceId("i0"))
-    fleet.kill(InstanceId("i0"))
-    fleet.tell(InstanceUp(InstanceId("i1"), fleet.capacity))
-    assert fleet.where == {"p": "i0", "q": "i1"}
-    fleet.tell(MoveAway(InstanceId("i0")))
+    fleet = doubtful(*"pq")
+    fleet.tell(InstanceUp(B, fleet.capacity))
+    fleet.cluster.handle(MoveAway(A), 0.0)
     assert fleet.cluster.state()["doubtful"] == ["p"], "i1 tries another, i0 lets go of it first"
-    fleet.tell(Ended(RequestId("p"), InstanceId("i0")))
+    fleet.tell(Ended(RequestId("p"), A))
     assert fleet.where == {"p": "i0", "q": "i1"}
-
-
-def test_one_whose_client_left_may_have_been_the_one():
-    """It is there until its instance lets go of it; if that dies, its neighbour is not blamed."""
-    fleet = Fleet(1)
-    fleet.arrive(*"pq")
-    fleet.kill(InstanceId("i0"))
-    fleet.tell(Cancelled(RequestId("p")))
-    fleet.kill(InstanceId("i0"))
-    assert fleet.failed == {}
-    assert fleet.where == {"q": "i0"}
-    assert fleet.cluster.state()["assigned"] == {"q": "i0"}
 
 
 def test_a_doubtful_one_may_be_cancelled_while_it_waits_for_its_trial():
-    fleet = Fleet(1)
-    fleet.arrive(*"pq")
-    fleet.kill(InstanceId("i0"))
-    fleet.kill(InstanceId("i0"))
+    fleet = doubtful(*"pq")
     assert fleet.tell(Cancelled(RequestId("q"))) == []
     assert fleet.cluster.num_queued == 0
-    fleet.token("p")
-    assert fleet.where == {"p": "i0"}
 
 
 def test_a_doubtful_one_that_fits_no_instance_any_more_is_failed():
     """Else it would wait for ever: instances are up, so no limit to being alone ends it."""
     fleet = Fleet(1)
     for name in ("big", "too"):
-        fleet.tell(Arrived(make_spec(name, prompt=range(200))))
-    fleet.kill(InstanceId("i0"))
-    fleet.tell(InstanceDown(InstanceId("i0")))
+        fleet.tell(Arrived(make_spec(name, prompt=(*range(200), ord(name[0])))))
+    fleet.kill(A)
+    fleet.tell(InstanceDown(A))
     assert fleet.cluster.num_queued == 2
-    fleet.tell(InstanceUp(InstanceId("i0"), make_capacity(max_model_len=100)))
+    fleet.tell(InstanceUp(A, make_capacity(max_model_len=100)))
     assert fleet.failed == dict.fromkeys(("big", "too"), FailReason.NO_INSTANCE)
     assert fleet.cluster.num_queued == 0
+
+
+def test_one_that_an_instance_never_got_to_is_not_failed():
+    """A low priority waits behind others through any number of deaths, and is then tried alone."""
+    fleet = Fleet(1, max_num_running=2)
+    fleet.arrive("w", priority=5)
+    num_trials = 0
+    for number in range(30):
+        urgent = [f"x{number}", f"y{number}"]
+        fleet.arrive(*urgent)
+        if fleet.cluster.ledgers()[A].trial == "w":
+            num_trials += 1
+            fleet.run(SETTLED_TOKENS)
+        else:
+            fleet.kill(A)
+        for name in {*urgent} & fleet.where.keys():
+            fleet.end(name)
+    assert fleet.failed == {}
+    assert num_trials > 3
 
 
 # --- quarantine ---
 
 
+def condemned(suspicion, key, now):
+    for _ in range(3):
+        suspicion.died([key], now, is_explained=True)
+    assert suspicion.died_on_trial(key, now)
+
+
 def test_the_same_request_is_refused_for_a_while_under_whatever_name():
-    fleet = Fleet(1, poison="p")
-    fleet.arrive("p")
-    fleet.until_quiet()
+    fleet = Fleet(1)
+    fleet.arrive("p", kills_after=0)
+    fleet.run(3)
+    assert fleet.failed == {"p": FailReason.QUARANTINED}
     again = make_spec("again", prompt=(ord("p"),), max_tokens=3, seed=9)
     rejected = [Reject(RequestId("again"), RejectReason.QUARANTINED)]
     assert fleet.tell(Arrived(again), now=QUARANTINE_S - 1) == rejected
     assert fleet.tell(Arrived(replace(again, tenant="other")), now=1.0) != rejected
-    fleet.tell(Ended(RequestId("again"), InstanceId("i0")))
-    assert fleet.tell(Arrived(make_spec("x", prompt=(1, 2))), now=1.0)[0].spec.request_id == "x"
+    fleet.end("again", A)
     assert isinstance(fleet.tell(Arrived(again), now=QUARANTINE_S)[0], Dispatch)
     assert fleet.cluster.state()["num_quarantined"] == 0
 
 
 def test_a_second_offence_holds_from_then_on():
-    quarantine, spec = Quarantine(), make_spec()
-    quarantine.add(spec, 0.0)
-    quarantine.add(spec, 100.0)
-    assert quarantine.holds(spec, QUARANTINE_S + 99)
-    assert not quarantine.holds(spec, QUARANTINE_S + 100)
+    suspicion, key = Suspicion(), fingerprint(make_spec())
+    condemned(suspicion, key, 0.0)
+    condemned(suspicion, key, 100.0)
+    suspicion.expire(QUARANTINE_S + 99)
+    assert suspicion.is_quarantined(key)
+    suspicion.expire(QUARANTINE_S + 100)
+    assert not suspicion.is_quarantined(key)
 
 
-def test_the_quarantine_is_bounded_and_the_oldest_are_forgotten():
-    quarantine = Quarantine()
-    specs = [make_spec(prompt=(index,)) for index in range(1025)]
-    for now, spec in enumerate(specs):
-        quarantine.add(spec, float(now) / 1000)
-    assert len(quarantine) == 1024
-    assert not quarantine.holds(specs[0], 2.0)
-    assert quarantine.holds(specs[1], 2.0)
+def test_who_is_at_no_death_for_long_is_suspected_no_more():
+    suspicion, key = Suspicion(), fingerprint(make_spec())
+    for now in (0.0, 100.0):
+        suspicion.died([key], now, is_explained=False)
+    suspicion.expire(QUARANTINE_S + 99)
+    assert suspicion.is_doubtful(key)
+    suspicion.expire(QUARANTINE_S + 100)
+    assert suspicion.is_empty()
+
+
+def test_what_is_remembered_is_bounded_and_the_oldest_are_forgotten():
+    suspicion = Suspicion()
+    keys = [fingerprint(make_spec(prompt=(index,))) for index in range(4097)]
+    suspicion.died(keys, 0.0, is_explained=False)
+    assert [suspicion.is_suspected(key) for key in keys[:2]] == [False, True]
+    for key in keys:
+        condemned(suspicion, key, 0.0)
+    assert suspicion.num_quarantined == 4096
+    assert [suspicion.is_quarantined(key) for key in keys[:2]] == [False, True]
