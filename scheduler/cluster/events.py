@@ -70,10 +70,11 @@ class InstanceCapacity:
 
 @dataclass(frozen=True, slots=True)
 class InstanceUp:
-    """An instance takes requests from now on; nothing is assigned to it."""
+    """An instance takes requests from now on, unless it drains; nothing is assigned to it."""
 
     instance_id: InstanceId
     capacity: InstanceCapacity
+    is_draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,11 +163,11 @@ class ClusterScheduler:
         self, event: InstanceUp | InstanceDown | InstanceDraining | MoveAway, now: float
     ) -> Iterator[ClusterAction]:
         match event:
-            case InstanceUp(instance_id, capacity):
+            case InstanceUp(instance_id, capacity, is_draining):
                 # A new incarnation; should nobody have told of the end of the old one, it ended.
                 yield from self._lose(instance_id, now, was_ours=True)
-                trusted = self.config.uses_ledger
-                self._instances[instance_id] = Ledger(instance_id, capacity, is_trusted=trusted)
+                ledger = Ledger(instance_id, capacity, is_trusted=self.config.uses_ledger)
+                self._instances[instance_id], ledger.is_draining = ledger, is_draining
             case InstanceDown(instance_id, was_ours):
                 yield from self._lose(instance_id, now, was_ours=was_ours)
             case InstanceDraining(instance_id) if instance_id in self._instances:

@@ -5,16 +5,15 @@ it has got on. Suspects are known by tenant and prompt: choices of one request, 
 sends again, are one. A suspect is *doubtful* after two deaths in a row without a token in between,
 or three without many. The doubtful are put on trial: one at a time, each on an instance where
 nobody else is suspected, where it computes at once, and where until its first token nobody comes
-beside it. Who brings down its instance on trial is condemned: if that was the third death in a row
-without a token, by itself; else it takes two. A trial proves nothing if in the meantime an instance
-died elsewhere of nobody on trial: instances die of something else then. All that run of who is
-condemned end, and it is kept out for ten minutes.
+beside it. Who brings down two instances on trial is condemned: all that run of it end, and it is
+kept out for ten minutes. A trial proves nothing if in the meantime an instance died elsewhere of
+nobody on trial: instances die of something else then.
 
-So a request that kills at its prompt costs three instances, one that kills later five; one more for
+So a request that kills at its prompt costs four instances, one that kills later five; one more for
 each other instance that choices of it are on when it is found doubtful, and one more for each time
-that instances die of something else too. Nobody is blamed for having been beside it. An innocent is
-when three deaths in a row hit it before it had a token, the last one on trial; or five before it
-had many, two of them on trial; and meanwhile none died elsewhere but of one on trial there.
+that instances die of something else too. Nobody is blamed for having been beside it, nor for what
+happens to instances from outside, unless that hits it four times in a row before it had a token,
+twice of them on trial, and meanwhile nobody else.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from scheduler.types import RequestSpec
 MAX_STRIKES = 2  # deaths in a row without a token in between
 MAX_LOSSES = 3  # deaths in a row without SETTLED_TOKENS in between
 SETTLED_TOKENS = 64  # on one instance: that will hardly be its death
-LATE_DEATHS = 2  # on trial, of one that got tokens there
+TRIAL_DEATHS = 2  # one may be chance: instances are killed from outside, too
 QUARANTINE_S = 600.0  # clients retry what failed, and so would it
 _MAX_REMEMBERED = 4096
 
@@ -101,7 +100,7 @@ class Suspicion:
             suspect.has_alibi = False
             return False
         suspect.num_trial_deaths += 1
-        if suspect.num_strikes <= MAX_STRIKES and suspect.num_trial_deaths < LATE_DEATHS:
+        if suspect.num_trial_deaths < TRIAL_DEATHS:
             return False
         del self._suspects[key]
         self._condemned.pop(key, None)  # it goes to the end

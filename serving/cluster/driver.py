@@ -121,9 +121,8 @@ class ClusterDriver:
         ready = incarnation.ready = await handle.start(partial(self._on_report, incarnation))
         if not incarnation.lost.done():  # else it was lost at once, and that is told who waits
             self._metrics.instance_ready(instance_id, ready)
-            self._handle(InstanceUp(instance_id, capacity_of(ready)))
-            if incarnation.is_draining:
-                self._handle(InstanceDraining(instance_id))
+            is_draining = incarnation.is_draining
+            self._handle(InstanceUp(instance_id, capacity_of(ready), is_draining))
         return ready
 
     def expect_up(self, at_s: float) -> None:

@@ -286,7 +286,7 @@ class Fleet:
             self.num_deaths_of[client.key] += is_clear
             if client.num_losses > self.config.max_num_losses and not client.is_cancelled:
                 failed[client.spec.request_id] = FailReason.TOO_MANY_LOSSES
-            assert not client.is_poison or self.num_deaths_of[client.key] <= 3
+            assert not client.is_poison or self.num_deaths_of[client.key] <= 4
         return failed
 
     def _quiesce(self) -> None:

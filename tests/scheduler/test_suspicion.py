@@ -133,8 +133,8 @@ BYSTANDERS = [f"b{chr(65 + index)}" for index in range(20)]
 @pytest.mark.parametrize("num_choices", [1, 2, 4, 8])
 @pytest.mark.parametrize("kills_after", [0, 1, 20, 63])
 def test_a_poison_is_found_alone_among_twenty(num_instances, num_choices, kills_after):
-    """Three deaths if it kills at its prompt, five if later, and one for each other place."""
-    most = 3 if not kills_after else 5 + min(num_choices, num_instances) - 1
+    """Four deaths if it kills at its prompt, five if later, and one for each other place."""
+    most = 4 if not kills_after else 5 + min(num_choices, num_instances) - 1
     for seed in range(3):
         rng = random.Random(seed)
         fleet = Fleet(num_instances)
@@ -159,7 +159,7 @@ def test_a_poison_is_found_alone_among_twenty(num_instances, num_choices, kills_
 
 
 def test_what_is_sent_again_after_its_client_left_is_found_too():
-    for kills_after, most in ((0, 3), (5, 5)):
+    for kills_after, most in ((0, 4), (5, 5)):
         fleet = Fleet(2)
         for number in range(9):
             name = f"p{number}"
@@ -183,7 +183,7 @@ def test_two_poisons_are_found_and_nobody_else_is_blamed():
         for _ in range(9):
             fleet.run(70, random.Random(seed))
         assert fleet.failed == dict.fromkeys("pq", FailReason.QUARANTINED)
-        assert fleet.num_deaths <= 3 + 3 + 2
+        assert fleet.num_deaths <= 4 + 4 + 2
         assert set(fleet.where) == set("rst")
 
 
@@ -196,8 +196,8 @@ def test_choices_without_a_token_are_called_back_when_they_are_found_doubtful():
     fleet.token(next(name for name, place in fleet.where.items() if place == "i1"))
     assert len(fleet.where) == 1, "one is on trial"
     assert fleet.cluster.num_queued == 2
-    fleet.run(1)
-    assert fleet.num_deaths == 3
+    fleet.run(2)
+    assert fleet.num_deaths == 4
     assert fleet.failed == dict.fromkeys(["p0", "p1", "p2"], FailReason.QUARANTINED)
 
 
@@ -308,17 +308,21 @@ def test_a_death_beside_another_doubtful_one_proves_nothing():
 def test_a_trial_proves_nothing_while_instances_die_of_something_else():
     fleet = doubtful("p")
     fleet.tell(InstanceUp(B, fleet.capacity))
-    fleet.kill(B)
-    fleet.kill(A)
-    assert fleet.failed == {}
-    fleet.kill(fleet.where["p"])
+    for _ in range(3):
+        fleet.kill("i0" if fleet.where["p"] == "i1" else "i1")
+        fleet.kill(fleet.where["p"])
+        assert fleet.failed == {}
+    for _ in range(2):
+        assert fleet.failed == {}
+        fleet.kill(fleet.where["p"])
     assert fleet.failed == {"p": FailReason.QUARANTINED}
 
 
 def test_the_death_of_another_on_trial_speaks_for_nobody():
     fleet = doubtful(*"pq")
     fleet.tell(InstanceUp(B, fleet.capacity))
-    fleet.kill(fleet.where["p"])
+    for name in "pqp":
+        fleet.kill(fleet.where[name])
     assert fleet.failed == {"p": FailReason.QUARANTINED}
     fleet.kill(fleet.where["q"])
     assert set(fleet.failed) == {"p", "q"}
@@ -451,13 +455,14 @@ def test_one_that_an_instance_never_got_to_is_not_failed():
 def condemned(suspicion, key, now):
     for _ in range(3):
         suspicion.died([key], now, is_explained=True)
+    assert not suspicion.died_on_trial(key, now), "one may be chance"
     assert suspicion.died_on_trial(key, now)
 
 
 def test_the_same_request_is_refused_for_a_while_under_whatever_name():
     fleet = Fleet(1)
     fleet.arrive("p", kills_after=0)
-    fleet.run(3)
+    fleet.run(4)
     assert fleet.failed == {"p": FailReason.QUARANTINED}
     again = make_spec("again", prompt=(ord("p"),), max_tokens=3, seed=9)
     rejected = [Reject(RequestId("again"), RejectReason.QUARANTINED)]

@@ -241,7 +241,7 @@ def test_what_instances_die_of_ends_and_comes_back_no_more():
                 await driver.start(current)
         with pytest.raises(Quarantined):
             await dying
-        assert num_deaths <= 3
+        assert num_deaths <= 4
         assert await reading == expected
         with pytest.raises(Quarantined):  # a client that tries again
             driver.submit([replace(poison, request_id=RequestId("again"))], [])
