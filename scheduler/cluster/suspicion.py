@@ -3,13 +3,13 @@
 Whoever was on an instance when it died is replayed at once with all others, and is a suspect until
 it has got on. Suspects are known by tenant and prompt: choices of one request, and what a client
 sends again, are one. A suspect is *doubtful* after two deaths in a row without a token in between,
-or three without many. The doubtful are put on trial: one at a time, each on an instance where
+or five without many. The doubtful are put on trial: one at a time, each on an instance where
 nobody else is suspected, where it computes at once, and where until its first token nobody comes
 beside it. Who brings down two instances on trial is condemned: all that run of it end, and it is
 kept out for ten minutes. A trial proves nothing if in the meantime an instance died elsewhere of
 nobody on trial: instances die of something else then.
 
-So a request that kills at its prompt costs four instances, one that kills later five; one more for
+So a request that kills at its prompt costs four instances, one that kills later seven; one more for
 each other instance that choices of it are on when it is found doubtful, and one more for each time
 that instances die of something else too. Nobody is blamed for having been beside it, nor for what
 happens to instances from outside, unless that hits it four times in a row before it had a token,
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from scheduler.types import RequestSpec
 
 MAX_STRIKES = 2  # deaths in a row without a token in between
-MAX_LOSSES = 3  # deaths in a row without SETTLED_TOKENS in between
+MAX_LOSSES = 5  # deaths in a row without SETTLED_TOKENS in between
 SETTLED_TOKENS = 64  # on one instance: that will hardly be its death
 TRIAL_DEATHS = 2  # one may be chance: instances are killed from outside, too
 QUARANTINE_S = 600.0  # clients retry what failed, and so would it
@@ -97,7 +97,7 @@ class Suspicion:
         if suspect is None:
             return False
         if suspect.has_alibi:
-            suspect.has_alibi = False
+            suspect.has_alibi, suspect.num_trial_deaths = False, 0
             return False
         suspect.num_trial_deaths += 1
         if suspect.num_trial_deaths < TRIAL_DEATHS:
