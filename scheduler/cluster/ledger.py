@@ -62,13 +62,18 @@ class Ledger:
     )
 
     def __init__(
-        self, instance_id: InstanceId, capacity: InstanceCapacity, *, is_trusted: bool = True
+        self,
+        instance_id: InstanceId,
+        capacity: InstanceCapacity,
+        *,
+        is_draining: bool = False,
+        is_trusted: bool = True,
     ) -> None:
         """`is_trusted` is off only to show what dispatch by reports alone would do."""
         self.instance_id = instance_id
         self.capacity = capacity
         self.view: InstanceView | None = None
-        self.is_draining = False
+        self.is_draining = is_draining
         self.trial: RequestId | None = None  # see `suspicion`
         self.assigned: dict[RequestId, _Entry] = {}
         self.num_waiting_tokens = 0  # of those that have no token since they were sent

@@ -17,13 +17,13 @@ class Assignment:
     """One accepted request, from arrival to end: where it is, and what befell it."""
 
     __slots__ = (
+        "_fingerprint",
         "instance_id",
         "is_cancelled",
         "num_losses",
         "ordinal",
         "rank",
         "spec",
-        "suspect",
     )
 
     def __init__(self, spec: RequestSpec, rank: int, ordinal: int) -> None:
@@ -33,7 +33,7 @@ class Assignment:
         self.instance_id: InstanceId | None = None  # None: it is queued here
         self.is_cancelled = False  # its instance was told to drop it
         self.num_losses = 0  # instances that died under it
-        self.suspect: Fingerprint | None = None  # what it is suspected as, once that was asked
+        self._fingerprint: Fingerprint | None = None  # once it was asked for
 
     @property
     def request_id(self) -> RequestId:
@@ -41,9 +41,9 @@ class Assignment:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        if self.suspect is None:  # to hash a long prompt takes a while: once, if at all
-            self.suspect = fingerprint(self.spec)
-        return self.suspect
+        if self._fingerprint is None:  # to hash a long prompt takes a while: once, if at all
+            self._fingerprint = fingerprint(self.spec)
+        return self._fingerprint
 
     def is_like(self, key: Fingerprint) -> bool:
         """Whether it is known by this; most are not, and need not be hashed to tell."""

@@ -88,9 +88,6 @@ class ClusterScheduler:
         """Requests that wait here."""
         return len(self._queue) + len(self._doubtful)
 
-    def is_up(self, instance_id: InstanceId) -> bool:
-        return instance_id in self._instances
-
     def num_assigned(self, instance_id: InstanceId) -> int:
         """Return how many requests the instance owes an end; 0 if it is not up."""
         ledger = self._instances.get(instance_id)
@@ -166,8 +163,10 @@ class ClusterScheduler:
             case InstanceUp(instance_id, capacity, is_draining):
                 # A new incarnation; should nobody have told of the end of the old one, it ended.
                 yield from self._lose(instance_id, now, was_ours=True)
-                ledger = Ledger(instance_id, capacity, is_trusted=self.config.uses_ledger)
-                self._instances[instance_id], ledger.is_draining = ledger, is_draining
+                trusted = self.config.uses_ledger
+                self._instances[instance_id] = Ledger(
+                    instance_id, capacity, is_draining=is_draining, is_trusted=trusted
+                )
             case InstanceDown(instance_id, was_ours):
                 yield from self._lose(instance_id, now, was_ours=was_ours)
             case InstanceDraining(instance_id) if instance_id in self._instances:

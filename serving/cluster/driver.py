@@ -277,11 +277,7 @@ class ClusterDriver:
         An instance that is down is shown as None. Raises Unavailable when one gives no answer in
         time.
         """
-        up = [
-            incarnation.handle
-            for instance_id, incarnation in self._instances.items()
-            if self._scheduler.is_up(instance_id)
-        ]
+        up = [self._instances[key].handle for key in self._scheduler.ledgers()]
         answers = await self._inspections.ask(up, timeout_s)
         return {
             "instances": {key: answers.get(key) for key in self._instances},

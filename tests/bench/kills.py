@@ -45,13 +45,17 @@ async def metric(session: aiohttp.ClientSession, server: RunningServer, name: st
     )
 
 
-async def both_up(session: aiohttp.ClientSession, server: RunningServer) -> dict[str, int]:
-    """Wait for it; return the process of each."""
+async def both_up(
+    session: aiohttp.ClientSession, server: RunningServer, killed: int | None = None
+) -> dict[str, int]:
+    """Wait until they are, and none is the process that was killed; return the process of each."""
     deadline_s = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline_s:
         instances = (await get(session, f"{server.admin_url}/admin/status"))["instances"]
         if len(instances) == 2 and all(each["state"] == "up" for each in instances):
-            return {each["instance"]: each["pid"] for each in instances}
+            pids = {each["instance"]: each["pid"] for each in instances}
+            if killed not in pids.values():
+                return pids
         await asyncio.sleep(0.02)
     raise SystemExit("an instance does not come back")
 
@@ -74,8 +78,7 @@ async def measure(server: RunningServer, args: argparse.Namespace) -> int:
             victim = rng.choice(sorted(pids))
             killed_s = time.monotonic()
             os.kill(pids[victim], signal.SIGKILL)
-            await asyncio.sleep(0.2)
-            await both_up(session, server)
+            await both_up(session, server, pids[victim])
             pauses.append(killed_s)
             if turn % 20 == 19:
                 print(f"  {turn + 1} kills, {sum(clients.outcomes.values())} streams", flush=True)

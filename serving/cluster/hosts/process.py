@@ -41,6 +41,7 @@ from serving.cluster.hosts import wire
 from serving.cluster.hosts.frames import FrameDecoder, FrameError, frame
 from serving.cluster.hosts.host import Host
 from serving.cluster.hosts.output import OutputRelay
+from serving.cluster.hosts.received import Received
 from serving.cluster.hosts.watchdog import Watchdog
 from serving.errors import UserError
 from serving.progress import NoProgress
@@ -101,7 +102,7 @@ class ProcessHandle:
         loop = asyncio.get_running_loop()
         self._on_report = on_report
         self._started = loop.create_future()
-        received = _Received(self._on_data, self._on_closed)
+        received = Received(self._on_data, self._on_closed)
         self._opening = loop.create_task(self._host.open(received, self._output, self._on_exit))
         try:
             connection = await self._opening
@@ -251,17 +252,3 @@ class _End:
     trace: str = ""
     grace_s: float = 0.0  # to end by itself
     is_stuck: bool = False
-
-
-class _Received(asyncio.Protocol):
-    """Hands on what the connection brings."""
-
-    def __init__(self, on_data: Callable[[bytes], None], on_closed: Callable[[], None]) -> None:
-        self._on_data = on_data
-        self._on_closed = on_closed
-
-    def data_received(self, data: bytes) -> None:
-        self._on_data(data)
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        self._on_closed()

@@ -19,6 +19,7 @@ from serving.cluster.hosts.child import Child
 from serving.cluster.hosts.frames import FrameDecoder, FrameError, frame
 from serving.cluster.hosts.output import OutputRelay
 from serving.cluster.hosts.process_session import end_session
+from serving.cluster.hosts.received import Received
 from serving.cluster.placement import Placement
 from serving.cluster.ray import messages
 from serving.cluster.ray.messages import (
@@ -92,7 +93,7 @@ class RayControl:
         pipe, _ = await loop.connect_read_pipe(lambda: self._output, self._child.output)
         self._transports.append(pipe)
         self._connection, _ = await loop.create_unix_connection(
-            lambda: _Heard(self._on_data, self._on_closed), sock=self._child.connection
+            lambda: Received(self._on_data, self._on_closed), sock=self._child.connection
         )
         self._transports.append(self._connection)
         try:
@@ -201,17 +202,3 @@ def _lost_error() -> UserError:
     return UserError(
         "Ray's control process has ended", "see Ray's logs; an instance that starts now tries anew"
     )
-
-
-class _Heard(asyncio.Protocol):
-    """Hands on what the connection brings."""
-
-    def __init__(self, on_data: Callable[[bytes], None], on_closed: Callable[[], None]) -> None:
-        self._on_data = on_data
-        self._on_closed = on_closed
-
-    def data_received(self, data: bytes) -> None:
-        self._on_data(data)
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        self._on_closed()
