@@ -6,7 +6,7 @@ One that lost its instance keeps its place in that order, which is before all th
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from scheduler.cluster.ledger import Ledger
 from scheduler.cluster.suspicion import Fingerprint, fingerprint
@@ -73,6 +73,12 @@ def refusal(
         return RejectReason.NO_INSTANCE
     num_running = sum(ledger.capacity.max_num_running for ledger in ledgers)
     return RejectReason.QUEUE_FULL if num_requests >= num_running + max_num_waiting else None
+
+
+def owned(requests: Mapping[RequestId, Assignment], ledger: Ledger) -> list[Assignment]:
+    """Return the requests there that did not go on elsewhere."""
+    there = (requests.get(request_id) for request_id in ledger.assigned)
+    return [one for one in there if one and one.instance_id == ledger.instance_id]
 
 
 def able(ledgers: Iterable[Ledger], request: Assignment) -> list[Ledger]:

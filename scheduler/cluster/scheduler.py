@@ -12,7 +12,7 @@ C4  every accepted request ends: by its instance, its client, or one Fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, assert_never
 
 from scheduler.cluster.dispatch import Dispatcher
@@ -38,8 +38,9 @@ from scheduler.cluster.events import (
     Settled,
 )
 from scheduler.cluster.ledger import Ledger
-from scheduler.cluster.queue import Assignment, Queue, able, fits_nowhere, refusal
-from scheduler.cluster.suspicion import Fingerprint, Suspicion, fingerprint
+from scheduler.cluster.queue import Assignment, Queue, able, fits_nowhere, owned, refusal
+from scheduler.cluster.suspicion import Fingerprint
+from scheduler.cluster.trials import Trials
 from scheduler.config import ClusterConfig
 from scheduler.types import InstanceId, RejectReason, RequestId, RequestSpec
 
@@ -60,8 +61,7 @@ class ClusterScheduler:
         self._instances: dict[InstanceId, Ledger] = {}
         self._requests: dict[RequestId, Assignment] = {}
         self._queue = Queue()
-        self._doubtful: dict[RequestId, Assignment] = {}  # queued too, to be put on trial
-        self._suspicion = Suspicion()
+        self._trials = Trials(self._requests)
         self._draining = False
         self._num_arrivals = 0
         self._alone_since_s: float | None = None  # no instance takes requests
@@ -86,7 +86,7 @@ class ClusterScheduler:
     @property
     def num_queued(self) -> int:
         """Requests that wait here."""
-        return len(self._queue) + len(self._doubtful)
+        return len(self._queue) + len(self._trials.waiting)
 
     def num_assigned(self, instance_id: InstanceId) -> int:
         """Return how many requests the instance owes an end; 0 if it is not up."""
@@ -105,14 +105,14 @@ class ClusterScheduler:
     def state(self) -> dict[str, Any]:
         """Return what is decided so far as plain data for people, of no fixed form."""
         assigned = {key: one.instance_id for key, one in self._requests.items() if one.instance_id}
-        waiting = [*self._queue.all(), *self._doubtful.values()]
+        doubtful = self._trials.waiting
         return {
             "draining": self._draining,
             "instances": {key: ledger.state() for key, ledger in self._instances.items()},
             "assigned": assigned,
-            "queued": [request.request_id for request in waiting],
-            "doubtful": list(self._doubtful),
-            "num_quarantined": self._suspicion.num_quarantined,
+            "queued": [request.request_id for request in (*self._queue.all(), *doubtful)],
+            "doubtful": [request.request_id for request in doubtful],
+            "num_quarantined": self._trials.num_quarantined,
         }
 
     # --- events ---
@@ -120,7 +120,7 @@ class ClusterScheduler:
     def handle(self, event: ClusterEvent, now: float) -> list[ClusterAction]:
         """Return what to do about the event, in order."""
         actions: list[ClusterAction] = []
-        self._suspicion.expire(now)
+        self._trials.expire(now)
         match event:
             case Reported(instance_id, view):
                 if instance_id in self._instances:
@@ -150,7 +150,7 @@ class ClusterScheduler:
             case FirstToken(request_id, instance_id):
                 self._began(request_id, instance_id)
             case Settled(request_id, instance_id) if self.owner(request_id) == instance_id:
-                self._settle(self._requests[request_id], self._instances[instance_id])
+                self._trials.settled(self._requests[request_id], self._instances[instance_id])
             case Ended(request_id, instance_id):
                 self._ended(request_id, instance_id)
             case Cancelled():
@@ -185,11 +185,10 @@ class ClusterScheduler:
             return RejectReason.NO_INSTANCE
         if spec.request_id in self._requests:
             return RejectReason.DUPLICATE_ID
-        suspicion, config = self._suspicion, self.config
-        if suspicion.num_quarantined and suspicion.is_quarantined(fingerprint(spec)):
+        if self._trials.is_quarantined(spec):
             return RejectReason.QUARANTINED
         ledgers = self._instances.values()
-        return refusal(spec, ledgers, len(self._requests), config.max_num_waiting)
+        return refusal(spec, ledgers, len(self._requests), self.config.max_num_waiting)
 
     def _enter(self, spec: RequestSpec) -> None:
         request = Assignment(spec, self._rank(spec), self._num_arrivals)
@@ -202,17 +201,7 @@ class ClusterScheduler:
         if request is not None and request.instance_id == instance_id:
             ledger = self._instances[instance_id]
             ledger.began(request_id)
-            if not self._suspicion.is_empty():
-                self._suspicion.got_token(request.fingerprint)
-                if ledger.trial == request_id and not self._is_doubtful(request):
-                    ledger.trial = None
-
-    def _settle(self, request: Assignment, ledger: Ledger) -> None:
-        """It is suspected no more, and on trial neither."""
-        if not self._suspicion.is_empty():
-            self._suspicion.settled(request.fingerprint)
-        if ledger.trial == request.request_id:
-            ledger.trial = None
+            self._trials.got_token(request, ledger)
 
     def _ended(self, request_id: RequestId, instance_id: InstanceId) -> None:
         ledger, request = self._instances.get(instance_id), self._requests.get(request_id)
@@ -220,7 +209,7 @@ class ClusterScheduler:
             return
         if request is not None and request.instance_id == instance_id:
             if not request.is_cancelled:
-                self._settle(request, ledger)
+                self._trials.settled(request, ledger)
             del self._requests[request_id]
         ledger.ended(request_id)
 
@@ -232,13 +221,13 @@ class ClusterScheduler:
             self._forget_queued(request)
         else:  # it stays assigned until the instance says that it ended
             if event.num_output_tokens is not None:  # it ended well
-                self._settle(request, self._instances[request.instance_id])
+                self._trials.settled(request, self._instances[request.instance_id])
             request.is_cancelled = True
             yield Abort(event.request_id, request.instance_id, event.num_output_tokens)
 
     def _forget_queued(self, request: Assignment) -> None:
         self._queue.discard(request)
-        self._doubtful.pop(request.request_id, None)
+        self._trials.discard(request)
         del self._requests[request.request_id]
 
     # --- instances go ---
@@ -251,7 +240,7 @@ class ClusterScheduler:
         if ledger is None:
             return
         self._dispatcher.forget(instance_id)
-        lost = self._owned(ledger)
+        lost = owned(self._requests, ledger)
         for request in lost:
             request.num_losses += not was_ours
             if request.is_cancelled:  # nobody waits for it
@@ -262,23 +251,11 @@ class ClusterScheduler:
                 self._interrupt(request)
         # One that was moved away and is not let go of may be what it died of, too.
         if not was_ours and len(lost) == len(ledger.assigned):
-            keys = dict.fromkeys(request.fingerprint for request in lost)
-            doubtful = [key for key in keys if self._suspicion.is_doubtful(key)]
-            tried = [one.fingerprint for one in lost if one.request_id == ledger.trial]
-            is_proof = bool(tried) and doubtful == tried  # else it may have been another
-            self._suspicion.died(keys, now, is_explained=is_proof)
-            if is_proof and self._suspicion.died_on_trial(tried[0], now):
-                yield from self._condemn(tried[0])
-            yield from self._recall(keys)
-
-    def _recall(self, keys: Iterable[Fingerprint]) -> Iterator[ClusterAction]:
-        """Have those of the doubtful that run without a trial, and may be about to kill, wait."""
-        keys = {key for key in keys if self._suspicion.is_doubtful(key)}
-        for ledger in self._instances.values() if keys else ():
-            for request in self._owned(ledger):
-                is_new = ledger.awaits_token(request.request_id) and not request.is_cancelled
-                if is_new and request.request_id != ledger.trial and request.fingerprint in keys:
-                    yield self._take_back(request, ledger)
+            condemned = self._trials.died(ledger, lost, now)
+            if condemned is not None:
+                yield from self._condemn(condemned)
+            for request, other in self._trials.untried(lost, self._instances.values()):
+                yield self._take_back(request, other)
 
     def _condemn(self, key: Fingerprint) -> Iterator[ClusterAction]:
         """End all that runs, or would run, of what brought down its instance on trial."""
@@ -292,7 +269,7 @@ class ClusterScheduler:
                 yield Abort(request.request_id, request.instance_id)
 
     def _move_away(self, ledger: Ledger) -> Iterator[ClusterAction]:
-        for request in self._owned(ledger):
+        for request in owned(self._requests, ledger):
             if not request.is_cancelled:
                 yield self._take_back(request, ledger)
 
@@ -300,11 +277,6 @@ class ClusterScheduler:
         """The instance has it until it says that it ended; nobody listens to what it says else."""
         self._interrupt(request)
         return Abort(request.request_id, ledger.instance_id)
-
-    def _owned(self, ledger: Ledger) -> list[Assignment]:
-        """Return the requests there that did not go on elsewhere."""
-        requests = (self._requests.get(request_id) for request_id in ledger.assigned)
-        return [one for one in requests if one and one.instance_id == ledger.instance_id]
 
     def _interrupt(self, request: Assignment) -> None:
         """Queue a request that was running, to go on from what its client has."""
@@ -320,21 +292,20 @@ class ClusterScheduler:
         since_s = self._alone_since_s
         if since_s is None or now - since_s < self.config.continuation_timeout_s:
             return
-        for request in (*self._doubtful.values(), *self._queue.all()):
+        for request in (*self._trials.waiting, *self._queue.all()):
             self._forget_queued(request)
             yield Fail(request.request_id, FailReason.NO_INSTANCE)
 
     # --- dispatch ---
 
     def _dispatches(self) -> Iterator[ClusterAction]:
-        reserved = yield from self._trials()
+        yield from self._try_doubtful()
         while (head := self._queue.head()) is not None:
-            if self._is_doubtful(head):
-                for request in filter(self._is_doubtful, self._queue.all()):
-                    self._queue.discard(request)
-                    self._doubtful[request.request_id] = request
-                reserved = yield from self._trials()
+            if self._trials.is_doubtful(head):
+                self._trials.take_from(self._queue)
+                yield from self._try_doubtful()
                 continue
+            reserved = self._trials.reserved_rank
             is_held = reserved is not None and reserved <= head.rank
             ledgers = self._instances.values()
             allowed = (ledger for ledger in ledgers if ledger.trial is not None or not is_held)
@@ -347,50 +318,14 @@ class ClusterScheduler:
             else:  # it is not to hold up those behind it
                 yield self._fail(head, FailReason.NO_INSTANCE)
 
-    def _trials(self) -> Generator[ClusterAction, None, int | None]:
-        """Put on trial whom an instance is free for; return the first rank that must wait for one.
-
-        Until then nobody of that rank or behind it goes to an instance that could have a trial, or
-        it would never be free.
-        """
-        if not self._doubtful:
-            return None
-        reserved: int | None = None
-        ledgers = self._instances.values()
-        on_trial = {ledger.trial for ledger in ledgers} - {None}
-        tried = {self._requests[one].fingerprint for one in on_trial if one in self._requests}
-        free: dict[int, list[Ledger]] = {}  # by rank, as there may be many of few ranks
-        for request in sorted(self._doubtful.values(), key=lambda one: (one.rank, one.ordinal)):
-            if not self._is_doubtful(request):
-                del self._doubtful[request.request_id]
-                self._queue.push(request)
-            elif request.fingerprint not in tried:
-                rank, num_tokens = request.rank, len(request.spec.prompt_token_ids)
-                if rank not in free:
-                    idle = (ledger for ledger in ledgers if ledger.is_free(rank))
-                    free[rank] = list(filter(self._is_clean, idle))
-                fitting = able(free[rank], request)
-                candidates = [one for one in fitting if one.has_memory(num_tokens)]
-                if candidates:
-                    free.clear()
-                    del self._doubtful[request.request_id]
-                    tried.add(request.fingerprint)
-                    dispatch = self._dispatch(request, candidates)
-                    self._instances[dispatch.instance_id].trial = request.request_id
-                    yield dispatch
-                elif fits_nowhere(ledgers, request):
-                    del self._doubtful[request.request_id]
-                    yield self._fail(request, FailReason.NO_INSTANCE)
-                else:
-                    reserved = rank if reserved is None else min(reserved, rank)
-        return reserved
-
-    def _is_clean(self, ledger: Ledger) -> bool:
-        """Whether nobody there is suspected, as a death there shall tell of one alone."""
-        return not any(self._suspicion.is_suspected(one.fingerprint) for one in self._owned(ledger))
-
-    def _is_doubtful(self, request: Assignment) -> bool:
-        return not self._suspicion.is_empty() and self._suspicion.is_doubtful(request.fingerprint)
+    def _try_doubtful(self) -> Iterator[ClusterAction]:
+        for request, candidates in self._trials.verdicts(self._queue, self._instances.values()):
+            if candidates:
+                dispatch = self._dispatch(request, candidates)
+                self._instances[dispatch.instance_id].trial = request.request_id
+                yield dispatch
+            else:
+                yield self._fail(request, FailReason.NO_INSTANCE)
 
     def _dispatch(self, request: Assignment, candidates: list[Ledger]) -> Dispatch:
         ledger, num_tokens = self._dispatcher.choose(request.spec, candidates)

@@ -271,7 +271,7 @@ class Fleet:
         assert failed.items() <= got.items()
         others = {got[name] for name in got.keys() - failed.keys()}
         assert others <= {FailReason.NO_INSTANCE, FailReason.QUARANTINED}
-        condemned = self.cluster._suspicion._condemned.keys() - self.quarantined.keys()
+        condemned = self.cluster._trials._suspicion._condemned.keys() - self.quarantined.keys()
         assert condemned <= tried, "only who was on trial is condemned"
         assert not condemned or not was_ours
         self.quarantined |= dict.fromkeys(condemned, self.now + QUARANTINE_S)
@@ -303,7 +303,7 @@ class Fleet:
         assert not self.clients, "a request never ended"
         assert self.num_ended == self.num_accepted
         assert not cluster._requests
-        assert not cluster._doubtful
+        assert not cluster._trials.waiting
         assert not cluster._queue.all()
         assert cluster._queue.head() is None
         assert not cluster._queue._heap
@@ -397,7 +397,7 @@ class Fleet:
         orders = [client.order for client in sent if not client.is_tried]
         assert orders == sorted(orders)
         queued = [client for client in self.clients.values() if client.at is None]
-        doubtful = [one for one in queued if one.spec.request_id in self.cluster._doubtful]
+        doubtful = [one for one in queued if one.spec.request_id in self.cluster._trials._waiting]
         line = sorted((one for one in queued if one not in doubtful), key=lambda one: one.order)
         assert not (orders and line) or orders[-1] < line[0].order, "one went past the head"
         up = self.instances.values()
@@ -418,7 +418,7 @@ class Fleet:
         assert not (queued and self._is_given_up()), "they wait for ever"
 
     def _is_suspected(self, client: Client) -> bool:
-        return self.cluster._suspicion.is_suspected(client.key)
+        return self.cluster._trials._suspicion.is_suspected(client.key)
 
     def _check(self) -> None:
         cluster = self.cluster
@@ -443,7 +443,7 @@ class Fleet:
     def _suspects(self) -> bool:
         owed = (owed.client for one in self.instances.values() for owed in one.owed.values())
         is_poisoned = any(one.is_poison for one in (*owed, *self.clients.values()))
-        return is_poisoned or not self.cluster._suspicion.is_empty()
+        return is_poisoned or not self.cluster._trials._suspicion.is_empty()
 
     def _fits_nowhere(self, client: Client) -> bool:
         takers = self._open()

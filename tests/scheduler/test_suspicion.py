@@ -261,7 +261,7 @@ def test_no_trial_begins_where_requests_wait_or_all_places_are_taken():
 def suspect(fleet, name, num_deaths=2):
     for _ in range(num_deaths):
         key = fingerprint(make_spec(prompt=(ord(name[0]),)))
-        fleet.cluster._suspicion.died([key], 0.0, is_explained=True)
+        fleet.cluster._trials._suspicion.died([key], 0.0, is_explained=True)
 
 
 def test_those_behind_a_doubtful_one_wait_until_an_instance_is_free_for_it():
@@ -363,7 +363,7 @@ def test_one_that_ended_well_is_suspected_no_more(ends):
             fleet.end(name)
         else:
             fleet.tell(Cancelled(RequestId(name), 1))
-        assert fleet.cluster._suspicion.is_empty()
+        assert fleet.cluster._trials._suspicion.is_empty()
     assert fleet.failed == {}
 
 
