@@ -45,6 +45,7 @@ class ClusterConfig:
     """How requests are spread over instances, and what becomes of those that lose theirs."""
 
     dispatch: str = "freeness"
+    priority_headroom_tokens: int = 0  # kept on an instance that has requests of a rank below 0
     prefix_affinity: bool = True
     prefix_caching: bool = True  # of the instances: what they have computed need not be again
     max_num_waiting: int = 512  # beside those that may run; beyond it a request is refused

@@ -48,6 +48,20 @@ class InstanceView:
     last_step: StepSize = _NO_STEP  # of those completed
     kv: KVCounters = KVCounters()
 
+    @classmethod
+    def idle(cls, num_blocks: int) -> InstanceView:
+        """Return the view of an instance that was never given a request."""
+        return cls(
+            num_running=0,
+            num_waiting=0,
+            num_waiting_tokens=0,
+            num_blocks=num_blocks,
+            num_free_blocks=num_blocks,
+            num_steps=0,
+            num_computed_tokens=0,
+            num_preemptions=0,
+        )
+
     @property
     def kv_usage(self) -> float:
         """Share of the KV blocks in use, 0 to 1."""

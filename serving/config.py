@@ -82,6 +82,9 @@ class ServeFlags:
     dispatch
         Which instance gets a request: freeness goes by load and free KV memory, least_loaded by
         load, power_of_two by the load of two drawn ones, round_robin by turns.
+    priority_headroom
+        Tokens of KV memory that --dispatch freeness keeps for the growth of requests of high
+        priority, which is a number below 0, on each instance that has some.
     prefix_affinity
         Prefer an instance that has computed the beginning of a prompt already.
     continuation_timeout
@@ -136,6 +139,7 @@ class ServeFlags:
     cluster: Path | None = None
     ray_address: str | None = None
     dispatch: str = "freeness"
+    priority_headroom: int = 0
     prefix_affinity: bool = True
     continuation_timeout: float = 30.0
     decision_log: Path | None = None
@@ -169,6 +173,7 @@ class ServeConfig:
     instances: tuple[InstanceSpec, ...] = ()  # at the start; none: one of `engine`
     ray_address: str | None = None
     dispatch: str = "freeness"
+    priority_headroom_tokens: int = 0
     prefix_affinity: bool = True
     continuation_timeout_s: float = 30.0
     host: str = "127.0.0.1"

@@ -61,6 +61,7 @@ async def serve(
         ClusterScheduler(
             ClusterConfig(
                 dispatch=config.dispatch,
+                priority_headroom_tokens=config.priority_headroom_tokens,
                 prefix_affinity=config.prefix_affinity,
                 prefix_caching=config.engine.prefix_caching,
                 max_num_waiting=config.admission.max_num_waiting,

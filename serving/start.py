@@ -126,7 +126,7 @@ def check_flags(flags: ServeFlags) -> None:
             f"--max-num-running {flags.max_num_running}, and each computes a token in every step",
             "raise the first or lower the second",
         )
-    for name in ("max_num_waiting", "drain_timeout", "max_queue_age"):
+    for name in ("max_num_waiting", "drain_timeout", "max_queue_age", "priority_headroom"):
         value = getattr(flags, name)
         if not value >= 0:  # so that NaN is refused too
             raise UserError(f"{_flag(name)} {value} makes no sense", "it must be 0 or more")
@@ -193,6 +193,7 @@ def make_config(
         instances=instances,
         ray_address=flags.ray_address,
         dispatch=flags.dispatch,
+        priority_headroom_tokens=flags.priority_headroom,
         prefix_affinity=flags.prefix_affinity,
         continuation_timeout_s=flags.continuation_timeout,
         host=flags.host,

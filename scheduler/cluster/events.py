@@ -67,6 +67,10 @@ class InstanceCapacity:
         # The last token is sampled and never computed, so it needs no slot.
         return num_tokens <= min(self.max_model_len, self.num_blocks * self.block_size + 1)
 
+    def num_blocks_of(self, num_tokens: int) -> int:
+        """Return how many blocks so many tokens take."""
+        return -(-num_tokens // self.block_size)
+
 
 @dataclass(frozen=True, slots=True)
 class InstanceUp:

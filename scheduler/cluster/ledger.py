@@ -11,6 +11,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from scheduler.cluster.events import InstanceCapacity
+from scheduler.cluster.freeness import dispatch_freeness, running_freeness
 from scheduler.load import InstanceView
 from scheduler.types import InstanceId, RequestId
 
@@ -48,6 +49,7 @@ class Ledger:
         "_load",
         "_max_num_assigned",
         "_num_by_rank",
+        "_num_headroom_blocks",
         "_num_in_flight_blocks",
         "_num_sent",
         "_waiting",
@@ -68,11 +70,12 @@ class Ledger:
         *,
         is_draining: bool = False,
         is_trusted: bool = True,
+        headroom_tokens: int = 0,
     ) -> None:
         """`is_trusted` is off only to show what dispatch by reports alone would do."""
         self.instance_id = instance_id
         self.capacity = capacity
-        self.view: InstanceView | None = None
+        self.view = InstanceView.idle(capacity.num_blocks)  # until the first report
         self.is_draining = is_draining
         self.trial: RequestId | None = None  # see `suspicion`
         self.assigned: dict[RequestId, _Entry] = {}
@@ -85,6 +88,7 @@ class Ledger:
         self._num_in_flight_blocks = 0
         self._num_sent = 0
         self._is_trusted = is_trusted
+        self._num_headroom_blocks = capacity.num_blocks_of(headroom_tokens)
         self._load: InstanceLoad | None = None  # until something changes
 
     # --- what happens ---
@@ -97,7 +101,7 @@ class Ledger:
         self._waiting_tokens[rank] = self._waiting_tokens.get(rank, 0) + num_tokens
         self.num_waiting_tokens += num_tokens
         self._num_sent += 1
-        num_blocks = self._blocks(num_tokens)
+        num_blocks = self.capacity.num_blocks_of(num_tokens)
         self._in_flight.append(_Sent(self._num_sent, num_blocks))
         self._num_in_flight_blocks += num_blocks
         self._load = None
@@ -169,26 +173,24 @@ class Ledger:
 
     def has_memory(self, num_tokens: int) -> bool:
         """Whether so many tokens need not wait for memory; an empty instance has all of it."""
-        if self.view is None or not self.assigned:
+        if not self.assigned:
             return True
         num_free_blocks = self.view.num_free_blocks - self._num_in_flight_blocks
-        return self._blocks(num_tokens) <= num_free_blocks
+        return self.capacity.num_blocks_of(num_tokens) <= num_free_blocks
 
     def load(self) -> InstanceLoad:
         """Return what policies go by; made anew when something changed, as all are asked often."""
         if self._load is None:
             num_requests, num_waiting_tokens = len(self.assigned), self.num_waiting_tokens
             if not self._is_trusted:
-                view = self.view
-                num_requests = 0 if view is None else view.num_running + view.num_waiting
+                num_requests = self.view.num_running + self.view.num_waiting
                 num_waiting_tokens = 0
-            freeness = self.freeness(dispatch=True)
             self._load = InstanceLoad(
                 self.instance_id,
                 num_requests,
                 self.capacity.max_num_running,
                 num_waiting_tokens,
-                freeness,
+                self._dispatch_freeness(),
             )
         return self._load
 
@@ -197,43 +199,28 @@ class Ledger:
         return {
             "num_assigned": len(self.assigned),
             "num_waiting_tokens": self.num_waiting_tokens,
-            "freeness": self.freeness(),
+            "freeness": self.freeness,
             "draining": self.is_draining,
             "trial": self.trial,
         }
 
-    def freeness(self, *, dispatch: bool = False) -> float:
-        """Return (M - ΣV) / B: the steps that its KV memory lasts, were it to run on as now.
-
-        Llumnix (arXiv 2406.03243), algorithm 1, with memory counted in tokens. The virtual usage V
-        of a running request is what it holds; of the first that waits, what it demands; of others
-        that wait, 0; and of an instance that drains all is taken. B is the batch: each request
-        takes a token a step. For a dispatch all that waits counts in both, as in the paper's
-        artifact: a new request comes behind all of it. Negative means overload.
-        """
+    @property
+    def freeness(self) -> float:
+        """The steps that its memory lasts as it runs now; of one that drains, all is taken."""
         if self.is_draining:
             return float("-inf")
-        view = self.view
-        num_used = num_running = num_waiting = num_waiting_blocks = num_head_blocks = 0
-        if view is not None:
-            num_used = view.num_blocks - view.num_free_blocks
-            num_running, num_waiting = view.num_running, view.num_waiting
-            num_waiting_blocks = self._blocks(view.num_waiting_tokens)
-            num_head_blocks = view.num_head_blocks
-        if dispatch:
-            demand = num_waiting_blocks
-            batch = num_running + num_waiting
-            if self._is_trusted:
-                demand += self._num_in_flight_blocks
-                batch += len(self._in_flight)
-        else:
-            demand = num_head_blocks
-            batch = num_running + (1 if num_waiting else 0)
-        num_free_tokens = (self.capacity.num_blocks - num_used - demand) * self.capacity.block_size
-        return num_free_tokens / max(1, batch)
+        return running_freeness(self.capacity, self.view, self._headroom())
 
-    def _blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.capacity.block_size)
+    def _dispatch_freeness(self) -> float:
+        if self.is_draining:
+            return float("-inf")
+        sent = (len(self._in_flight), self._num_in_flight_blocks) if self._is_trusted else (0, 0)
+        return dispatch_freeness(self.capacity, self.view, self._headroom(), *sent)
+
+    def _headroom(self) -> int:
+        """Return the blocks that those of high priority shall have beside what they hold."""
+        is_shared = any(rank < 0 for rank in self._num_by_rank)
+        return self._num_headroom_blocks if is_shared else 0
 
 
 def _take(counts: dict[int, int], rank: int, amount: int) -> None:

@@ -163,9 +163,12 @@ class ClusterScheduler:
             case InstanceUp(instance_id, capacity, is_draining):
                 # A new incarnation; should nobody have told of the end of the old one, it ended.
                 yield from self._lose(instance_id, now, was_ours=True)
-                trusted = self.config.uses_ledger
                 self._instances[instance_id] = Ledger(
-                    instance_id, capacity, is_draining=is_draining, is_trusted=trusted
+                    instance_id,
+                    capacity,
+                    is_draining=is_draining,
+                    is_trusted=self.config.uses_ledger,
+                    headroom_tokens=self.config.priority_headroom_tokens,
                 )
             case InstanceDown(instance_id, was_ours):
                 yield from self._lose(instance_id, now, was_ours=was_ours)

@@ -3,11 +3,12 @@
 Whoever was on an instance when it died is replayed at once with all others, and is a suspect until
 it has got on. Suspects are known by tenant and prompt: choices of one request, and what a client
 sends again, are one. A suspect is *doubtful* after two deaths in a row without a token in between,
-or five without many. The doubtful are put on trial: one at a time, each on an instance where
-nobody else is suspected, where it computes at once, and where until its first token nobody comes
-beside it. Who brings down two instances on trial is condemned: all that run of it end, and it is
-kept out for ten minutes. A trial proves nothing if in the meantime an instance died elsewhere of
-nobody on trial: instances die of something else then.
+or five without many. The doubtful are put on trial: one at a time, each on an instance where it
+computes at once, where until its first token nobody comes beside it, and where nobody else was at
+two deaths. (At one was nearly everybody, just after it; and nobody of those is beside it twice.)
+Who brings down two instances on trial is condemned: all that run of it end, and it is kept out for
+ten minutes. A trial proves nothing if in the meantime an instance died elsewhere of nobody on
+trial: instances die of something else then.
 
 So a request that kills at its prompt costs four instances, one that kills later seven; one more for
 each other instance that choices of it are on when it is found doubtful, and one more for each time
@@ -108,8 +109,10 @@ class Suspicion:
         _bound(self._condemned)
         return True
 
-    def is_suspected(self, key: Fingerprint) -> bool:
-        return key in self._suspects
+    def is_repeated(self, key: Fingerprint) -> bool:
+        """Whether it was at more than one death, so that it is no company for one on trial."""
+        suspect = self._suspects.get(key)
+        return suspect is not None and suspect.num_losses > 1
 
     def is_doubtful(self, key: Fingerprint) -> bool:
         suspect = self._suspects.get(key)

@@ -139,6 +139,8 @@ class Trials:
                     self.reserved_rank = rank
 
     def _is_clean(self, ledger: Ledger) -> bool:
-        """Whether nobody there is suspected, as a death there shall tell of one alone."""
+        """Whether nobody there was at two deaths, as a death there shall tell of one alone."""
         there = owned(self._requests, ledger)
-        return not any(self._suspicion.is_suspected(one.fingerprint) for one in there)
+        return self._suspicion.is_empty() or not any(
+            self._suspicion.is_repeated(one.fingerprint) for one in there
+        )

@@ -179,7 +179,6 @@ class ClusterDriver:
             ready, ledger = incarnation.ready, ledgers.get(instance_id)
             status = InstanceStatus(instance_id=instance_id, state="down")
             if ready is not None and ledger is not None:
-                view = ledger.view
                 status = InstanceStatus(
                     instance_id=instance_id,
                     state="draining" if ledger.is_draining else "up",
@@ -187,10 +186,10 @@ class ClusterDriver:
                     dtype=ready.dtype,
                     device=ready.device,
                     num_assigned=len(ledger.assigned),
-                    num_running=view.num_running if view else 0,
-                    num_waiting=view.num_waiting if view else 0,
-                    kv_usage=view.kv_usage if view else 0.0,
-                    freeness=ledger.freeness(),
+                    num_running=ledger.view.num_running,
+                    num_waiting=ledger.view.num_waiting,
+                    kv_usage=ledger.view.kv_usage,
+                    freeness=ledger.freeness,
                 )
             shown.append(status)
         return shown

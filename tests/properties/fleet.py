@@ -356,6 +356,7 @@ class Fleet:
         client.is_tried = ledger.trial == spec.request_id
         can = one.may_try(client) if client.is_tried else one.may_take(client)
         assert can, "C2, C3, or there was no room"
+        assert not client.is_tried or self._is_clean(one)
         on_trial = [
             self.clients.get(other.trial) for other in self.instances.values() if other.trial
         ]
@@ -406,9 +407,8 @@ class Fleet:
         for client in untried:
             for one in up:
                 ledger = self.cluster.ledgers()[one.name]
-                is_clean = not any(map(self._is_suspected, self._at(one)))
                 has_memory = ledger.has_memory(len(client.spec.prompt_token_ids))
-                assert not (one.may_try(client) and is_clean and has_memory)
+                assert not (one.may_try(client) and self._is_clean(one) and has_memory)
         reserved = min((client.spec.priority for client in untried), default=None)
         for client in line[:1]:
             is_held = reserved is not None and reserved <= client.spec.priority
@@ -417,8 +417,10 @@ class Fleet:
             assert not self._fits_nowhere(client)
         assert not (queued and self._is_given_up()), "they wait for ever"
 
-    def _is_suspected(self, client: Client) -> bool:
-        return self.cluster._trials._suspicion.is_suspected(client.key)
+    def _is_clean(self, one: Instance) -> bool:
+        suspects = self.cluster._trials._suspicion._suspects
+        there = (suspects.get(client.key) for client in self._at(one))
+        return all(suspect is None or suspect.num_losses < 2 for suspect in there)
 
     def _check(self) -> None:
         cluster = self.cluster

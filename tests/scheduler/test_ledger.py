@@ -10,8 +10,13 @@ R = [RequestId(f"r{index}") for index in range(12)]
 M = 64 * 4  # tokens that the memory holds
 
 
-def make_ledger(*, is_trusted=True, **limits):
-    return Ledger(InstanceId("a"), make_capacity(**limits), is_trusted=is_trusted)
+def make_ledger(*, is_trusted=True, headroom_tokens=0, **limits):
+    return Ledger(
+        InstanceId("a"),
+        make_capacity(**limits),
+        is_trusted=is_trusted,
+        headroom_tokens=headroom_tokens,
+    )
 
 
 def reported(**facts):
@@ -24,12 +29,12 @@ def reported(**facts):
 
 
 def test_freeness_is_the_free_tokens_by_request_that_takes_one_a_step():
-    assert reported(num_running=4, num_free_blocks=24).freeness() == 24 * 4 / 4
+    assert reported(num_running=4, num_free_blocks=24).freeness == 24 * 4 / 4
 
 
 def test_the_first_that_waits_counts_with_all_that_it_demands():
     ledger = reported(num_running=3, num_free_blocks=20, num_waiting=1, num_head_blocks=12)
-    assert ledger.freeness() == (20 - 12) * 4 / (3 + 1)
+    assert ledger.freeness == (20 - 12) * 4 / (3 + 1)
 
 
 def test_others_that_wait_count_nothing():
@@ -37,38 +42,38 @@ def test_others_that_wait_count_nothing():
     many = reported(
         num_running=3, num_free_blocks=20, num_waiting=9, num_head_blocks=12, num_waiting_tokens=400
     )
-    assert many.freeness() == one.freeness()
+    assert many.freeness == one.freeness
 
 
 def test_for_a_dispatch_all_that_waits_counts_in_memory_and_in_the_batch():
     ledger = reported(
         num_running=3, num_free_blocks=20, num_waiting=2, num_head_blocks=1, num_waiting_tokens=17
     )
-    assert ledger.freeness(dispatch=True) == (20 - 5) * 4 / (3 + 2)
+    assert ledger.load().freeness == (20 - 5) * 4 / (3 + 2)
 
 
 def test_freeness_is_negative_when_what_waits_needs_more_than_is_free():
     ledger = reported(num_running=2, num_free_blocks=1, num_waiting=1, num_head_blocks=10)
-    assert ledger.freeness() == (1 - 10) * 4 / 3
+    assert ledger.freeness == (1 - 10) * 4 / 3
 
 
 def test_one_that_drains_has_less_than_any_freeness():
     ledger = reported()
     ledger.drain()
-    assert ledger.freeness() == ledger.freeness(dispatch=True) == float("-inf")
+    assert ledger.freeness == ledger.load().freeness == float("-inf")
 
 
 def test_an_empty_batch_counts_as_one():
-    assert reported().freeness() == M
-    assert make_ledger().freeness() == M, "before the first report it is taken to be empty"
+    assert reported().freeness == M
+    assert make_ledger().freeness == M, "before the first report it is taken to be empty"
 
 
 def test_what_was_sent_and_is_in_no_report_yet_counts_for_a_dispatch_in_whole_blocks():
     ledger = reported(num_running=1, num_free_blocks=60)
     ledger.send(R[0], 0, 5)
     ledger.send(R[1], 0, 4)
-    assert ledger.freeness(dispatch=True) == (60 - 2 - 1) * 4 / (1 + 2)
-    assert ledger.freeness() == 60 * 4 / 1
+    assert ledger.load().freeness == (60 - 2 - 1) * 4 / (1 + 2)
+    assert ledger.freeness == 60 * 4 / 1
 
 
 def test_a_report_covers_as_many_of_those_sent_as_the_instance_was_given():
@@ -76,12 +81,26 @@ def test_a_report_covers_as_many_of_those_sent_as_the_instance_was_given():
     for index in range(3):
         ledger.send(R[index], 0, 8)
     ledger.report(make_view(num_given=2, num_running=2, num_free_blocks=60))
-    assert ledger.freeness(dispatch=True) == (60 - 2) * 4 / (2 + 1)
+    assert ledger.load().freeness == (60 - 2) * 4 / (2 + 1)
     ledger.report(make_view(num_given=3, num_running=3, num_free_blocks=58))
-    assert ledger.freeness(dispatch=True) == 58 * 4 / 3
+    assert ledger.load().freeness == 58 * 4 / 3
     ledger.send(R[3], 0, 8)  # the count goes on; it does not begin again with each report
     ledger.report(make_view(num_given=3, num_running=2, num_free_blocks=60))
-    assert ledger.freeness(dispatch=True) == (60 - 2) * 4 / (2 + 1)
+    assert ledger.load().freeness == (60 - 2) * 4 / (2 + 1)
+
+
+def test_those_of_high_priority_keep_a_headroom_that_they_share():
+    ledger = make_ledger(headroom_tokens=39)
+    ledger.report(make_view(num_running=4, num_free_blocks=24))
+    ledger.send(R[0], 0, 4)
+    assert (ledger.freeness, ledger.load().freeness) == (24, 23 * 4 / 5), "none is there"
+    for request_id in R[1:3]:
+        ledger.send(request_id, -1, 4)
+    assert (ledger.freeness, ledger.load().freeness) == (24 - 10, (24 - 3 - 10) * 4 / 7)
+    for request_id in R[1:3]:
+        assert ledger.freeness == 24 - 10
+        ledger.ended(request_id)
+    assert ledger.freeness == 24
 
 
 # --- the load that policies see ---
@@ -92,7 +111,7 @@ def test_the_load_counts_all_that_is_owed_an_end_whatever_was_reported():
     ledger.send(R[0], 0, 5)
     ledger.send(R[1], 7, 6)
     ledger.report(make_view())
-    assert ledger.load() == ("a", 2, 2, 11, ledger.freeness(dispatch=True))
+    assert ledger.load() == ("a", 2, 2, 11, ledger.load().freeness)
     ledger.began(R[0])
     assert ledger.load()[:4] == ("a", 2, 2, 6)
     ledger.ended(R[0])

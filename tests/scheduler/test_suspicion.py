@@ -225,6 +225,21 @@ def test_the_doubtful_are_tried_one_at_a_time_on_an_instance_and_by_several_at_o
     assert fleet.where == {"p": "i0", "r": "i1"}
 
 
+@pytest.mark.parametrize("num_deaths", [1, 2])
+def test_who_was_at_one_death_may_be_beside_a_trial_and_who_was_at_two_may_not(num_deaths):
+    """Just after a death nearly everybody was at it; they would hold up all trials."""
+    fleet = Fleet(1)
+    suspect(fleet, "x", num_deaths)
+    fleet.arrive("x")
+    fleet.token("x")
+    suspect(fleet, "p")
+    fleet.arrive("p")
+    assert set(fleet.where) == ({"x", "p"} if num_deaths == 1 else {"x"})
+    for _ in range(SETTLED_TOKENS):
+        fleet.token("x")
+    assert set(fleet.where) == {"x", "p"}
+
+
 def test_one_prompt_has_one_trial_at_a_time():
     fleet = doubtful("p0", "p1")
     fleet.tell(InstanceUp(B, fleet.capacity))
@@ -497,7 +512,7 @@ def test_what_is_remembered_is_bounded_and_the_oldest_are_forgotten():
     suspicion = Suspicion()
     keys = [fingerprint(make_spec(prompt=(index,))) for index in range(4097)]
     suspicion.died(keys, 0.0, is_explained=False)
-    assert [suspicion.is_suspected(key) for key in keys[:2]] == [False, True]
+    assert [key in suspicion._suspects for key in keys[:2]] == [False, True]
     for key in keys:
         condemned(suspicion, key, 0.0)
     assert suspicion.num_quarantined == 4096
