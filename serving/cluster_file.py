@@ -16,10 +16,11 @@ from msgspec import Meta
 from serving.errors import UserError
 
 MAX_INSTANCES = 256
+MAX_COUNT = (1 << 31) - 1  # of anything that is counted
 _MAX_FILE_BYTES = 256 << 10
 _EXAMPLE = "write for example `instances: [{count: 2, device: cpu}]`; docs/cluster.md tells all"
 
-_Positive = Annotated[int, Meta(ge=1)]
+_Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 _Amount = Annotated[float, Meta(ge=0, le=1e9)]
 _Name = Annotated[str, Meta(min_length=1)]
 _DEVICE = "^(cpu|cuda(:[0-9]{1,3})?)$"

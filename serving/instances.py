@@ -16,6 +16,7 @@ from serving.cluster_file import MAX_INSTANCES, ClusterFile, InstanceGroup, read
 from serving.config import InstanceSpec, ServeFlags, parse_bytes
 from serving.errors import UserError
 
+_HEADROOM_NEEDS = ("freeness", "priority")
 _ONE_MODEL = "all instances of one server serve one model; start another server for another model"
 
 
@@ -40,6 +41,11 @@ def check_cluster_flags(flags: ServeFlags) -> None:
         raise UserError(
             f"--continuation-timeout {flags.continuation_timeout} makes no sense",
             "it must be 0 or more",
+        )
+    if flags.priority_headroom > 0 and (flags.dispatch, flags.scheduling_policy) != _HEADROOM_NEEDS:
+        raise UserError(
+            "--priority-headroom needs --dispatch freeness and --scheduling-policy priority",
+            "add them, or leave it out",
         )
     if flags.fake_step is not None:
         if not flags.fake:
@@ -132,6 +138,11 @@ def _placement(group: InstanceGroup, engine: EngineConfig, where: str) -> Placem
     num_gpus = group.gpus
     if num_gpus is None:
         num_gpus = 1.0 if engine.device.startswith("cuda") else 0.0
+    if group.devices > 1 and not (num_gpus or group.cpus or group.memory or group.resources):
+        raise UserError(
+            f"{where}.devices is {group.devices}, and nothing is asked for each",
+            "say what a device takes of its node: gpus, cpus, memory or resources",
+        )
     return Placement(
         num_cpus=group.cpus,
         num_gpus=num_gpus,

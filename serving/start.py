@@ -20,7 +20,7 @@ from engine.startup import StartupTimes
 from scheduler.types import InstanceId
 from serving.admission import AdmissionLimits
 from serving.cluster.hosts.child import Child
-from serving.cluster_file import ClusterFile
+from serving.cluster_file import MAX_COUNT, ClusterFile
 from serving.config import ServeConfig, ServeFlags, parse_bytes
 from serving.errors import UserError
 from serving.instances import check_cluster_flags, instance_specs, read_cluster
@@ -118,8 +118,12 @@ def check_flags(flags: ServeFlags) -> None:
         *("max_num_waiting_tokens", "max_num_streams"),
     ):
         value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise UserError(f"{_flag(name)} {value} is too small", "it must be at least 1")
+        if value is not None and not 1 <= value <= MAX_COUNT:
+            size = "small" if value < 1 else "large"
+            raise UserError(
+                f"{_flag(name)} {value} is too {size}",
+                f"it must be at least 1, at most {MAX_COUNT}",
+            )
     if flags.max_num_batched_tokens < flags.max_num_running:
         raise UserError(
             f"--max-num-batched-tokens {flags.max_num_batched_tokens} is less than "

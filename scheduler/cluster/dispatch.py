@@ -59,7 +59,7 @@ def power_of_two(choice: Choice) -> InstanceId:
 def freeness(choice: Choice) -> InstanceId:
     """The one whose memory lasts longest (Llumnix, arXiv 2406.03243)."""
     return min(
-        choice.loads, key=lambda load: (-load.freeness, load.num_requests, load[0])
+        choice.loads, key=lambda load: (-load.freeness, load.num_requests, load.instance_id)
     ).instance_id
 
 

@@ -62,10 +62,15 @@ class InstanceCapacity:
     num_blocks: int
     block_size: int
 
+    @property
+    def max_num_tokens(self) -> int:
+        """That a request may have there, prompt and answer."""
+        # The last token is sampled and never computed, so it needs no slot.
+        return min(self.max_model_len, self.num_blocks * self.block_size + 1)
+
     def fits(self, num_tokens: int) -> bool:
         """Whether a request of so many tokens, prompt and answer, can ever run there."""
-        # The last token is sampled and never computed, so it needs no slot.
-        return num_tokens <= min(self.max_model_len, self.num_blocks * self.block_size + 1)
+        return num_tokens <= self.max_num_tokens
 
     def num_blocks_of(self, num_tokens: int) -> int:
         """Return how many blocks so many tokens take."""

@@ -41,7 +41,7 @@ class _Entry(NamedTuple):
 
 
 class Ledger:
-    """One instance, from when it came up. Only `ClusterScheduler` writes here."""
+    """One instance, from when it came up. Only `ClusterScheduler` and its `Trials` write here."""
 
     __slots__ = (
         "_in_flight",

@@ -91,11 +91,10 @@ def able(ledgers: Iterable[Ledger], request: Assignment) -> list[Ledger]:
     ]
 
 
-def fits_nowhere(ledgers: Iterable[Ledger], request: Assignment) -> bool:
-    """Whether there are instances, but those that it would fit are gone."""
-    takers = [ledger for ledger in ledgers if not ledger.is_draining]
-    fitting = (ledger.capacity.fits(request.max_num_tokens) for ledger in takers)
-    return bool(takers) and not any(fitting)
+def max_fit(ledgers: Iterable[Ledger]) -> int | None:
+    """Return how many tokens a request may have somewhere; None while no instance takes any."""
+    takers = (ledger.capacity for ledger in ledgers if not ledger.is_draining)
+    return max((capacity.max_num_tokens for capacity in takers), default=None)
 
 
 class Queue:

@@ -38,7 +38,7 @@ from scheduler.cluster.events import (
     Settled,
 )
 from scheduler.cluster.ledger import Ledger
-from scheduler.cluster.queue import Assignment, Queue, able, fits_nowhere, owned, refusal
+from scheduler.cluster.queue import Assignment, Queue, able, max_fit, owned, refusal
 from scheduler.cluster.suspicion import Fingerprint
 from scheduler.cluster.trials import Trials
 from scheduler.config import ClusterConfig
@@ -302,33 +302,40 @@ class ClusterScheduler:
     # --- dispatch ---
 
     def _dispatches(self) -> Iterator[ClusterAction]:
+        ledgers = self._instances.values()
         yield from self._try_doubtful()
         while (head := self._queue.head()) is not None:
             if self._trials.is_doubtful(head):
                 self._trials.take_from(self._queue)
                 yield from self._try_doubtful()
                 continue
-            reserved = self._trials.reserved_rank
-            is_held = reserved is not None and reserved <= head.rank
-            ledgers = self._instances.values()
-            allowed = (ledger for ledger in ledgers if ledger.trial is not None or not is_held)
-            candidates = [one for one in able(allowed, head) if one.has_room(head.rank)]
-            if not candidates and not fits_nowhere(ledgers, head):
-                return
-            self._queue.discard(head)
+            candidates = [
+                ledger
+                for ledger in able(ledgers, head)
+                if ledger.has_room(head.rank) and self._trials.may_go(head, ledger)
+            ]
             if candidates:
+                self._queue.discard(head)
                 yield self._dispatch(head, candidates)
-            else:  # it is not to hold up those behind it
-                yield self._fail(head, FailReason.NO_INSTANCE)
+                continue
+            fits = max_fit(ledgers)
+            if fits is None or head.max_num_tokens <= fits:
+                return
+            self._queue.discard(head)  # it is not to hold up those behind it
+            yield self._fail(head, FailReason.NO_INSTANCE)
 
     def _try_doubtful(self) -> Iterator[ClusterAction]:
-        for request, candidates in self._trials.verdicts(self._queue, self._instances.values()):
+        ledgers = self._instances.values()
+        self._trials.release_to(self._queue)
+        while (verdict := self._trials.next_verdict(ledgers)) is not None:
+            request, candidates = verdict
             if candidates:
                 dispatch = self._dispatch(request, candidates)
                 self._instances[dispatch.instance_id].trial = request.request_id
                 yield dispatch
             else:
                 yield self._fail(request, FailReason.NO_INSTANCE)
+        self._trials.reserve(ledgers)
 
     def _dispatch(self, request: Assignment, candidates: list[Ledger]) -> Dispatch:
         ledger, num_tokens = self._dispatcher.choose(request.spec, candidates)

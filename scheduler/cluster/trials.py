@@ -6,13 +6,14 @@ free for them. Decides nothing by itself: `ClusterScheduler` asks, and acts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from bisect import bisect_left, insort
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from scheduler.cluster.ledger import Ledger
-from scheduler.cluster.queue import Assignment, Queue, able, fits_nowhere, owned
+from scheduler.cluster.queue import Assignment, Queue, able, max_fit, owned
 from scheduler.cluster.suspicion import Fingerprint, Suspicion, fingerprint
-from scheduler.types import RequestId, RequestSpec
+from scheduler.types import InstanceId, RequestId, RequestSpec
 
 
 class Verdict(NamedTuple):
@@ -29,14 +30,16 @@ class Trials:
         """`requests` are all that live; they are read here only."""
         self._requests = requests
         self._suspicion = Suspicion()
-        self._waiting: dict[RequestId, Assignment] = {}
-        # Nobody of this rank or behind it may go where a trial could be, or none would ever begin.
-        self.reserved_rank: int | None = None
+        self._waiting: list[Assignment] = []  # by rank and arrival
+        self._most_tokens = 0  # that one of them needs, or one that was among them
+        self._num_seen_changes = 0  # of what is suspected
+        self._reserved: InstanceId | None = None
+        self._reserved_rank = 0
 
     @property
-    def waiting(self) -> Collection[Assignment]:
-        """The doubtful that are on no instance."""
-        return self._waiting.values()
+    def waiting(self) -> Sequence[Assignment]:
+        """The doubtful that are on no instance, first those that are tried first."""
+        return tuple(self._waiting)
 
     @property
     def num_quarantined(self) -> int:
@@ -57,14 +60,15 @@ class Trials:
 
     def got_token(self, request: Assignment, ledger: Ledger) -> None:
         """Its first one there."""
-        if not self._suspicion.is_empty():
+        if self._is_concerned(request, ledger):
             self._suspicion.got_token(request.fingerprint)
             if ledger.trial == request.request_id and not self.is_doubtful(request):
+                self._suspicion.passed(request.fingerprint)
                 ledger.trial = None
 
     def settled(self, request: Assignment, ledger: Ledger) -> None:
         """It is suspected no more, and on trial neither."""
-        if not self._suspicion.is_empty():
+        if self._is_concerned(request, ledger):
             self._suspicion.settled(request.fingerprint)
         if ledger.trial == request.request_id:
             ledger.trial = None
@@ -100,47 +104,92 @@ class Trials:
         """Have all that are doubtful wait here instead."""
         for request in filter(self.is_doubtful, queue.all()):
             queue.discard(request)
-            self._waiting[request.request_id] = request
+            insort(self._waiting, request, key=_order)
+            self._most_tokens = max(self._most_tokens, request.max_num_tokens)
 
-    def discard(self, request: Assignment) -> None:
-        self._waiting.pop(request.request_id, None)
-
-    def verdicts(self, queue: Queue, ledgers: Collection[Ledger]) -> Iterator[Verdict]:
-        """Return whom to try next; each is to be acted upon before the next is asked for.
-
-        Those that are doubtful no more go back to the queue. `reserved_rank` holds from then on.
-        """
-        self.reserved_rank = None
-        if not self._waiting:
+    def release_to(self, queue: Queue) -> None:
+        """Have those that are doubtful no more wait there again."""
+        if self._num_seen_changes == self._suspicion.num_changes:
             return
-        on_trial = (self._requests.get(one.trial) for one in ledgers if one.trial is not None)
-        tried = {request.fingerprint for request in on_trial if request is not None}
-        free: dict[int, list[Ledger]] = {}  # by rank, as there may be many of few ranks
-        for request in sorted(self._waiting.values(), key=lambda one: (one.rank, one.ordinal)):
+        self._num_seen_changes = self._suspicion.num_changes
+        for request in self.waiting:
             if not self.is_doubtful(request):
                 self.discard(request)
                 queue.push(request)
-            elif request.fingerprint not in tried:
-                rank = request.rank
-                if rank not in free:
-                    free[rank] = [
-                        one for one in ledgers if one.is_free(rank) and self._is_clean(one)
-                    ]
-                num_tokens = len(request.spec.prompt_token_ids)
-                fitting = able(free[rank], request)
-                candidates = [one for one in fitting if one.has_memory(num_tokens)]
-                if candidates:
-                    free.clear()
-                    tried.add(request.fingerprint)
-                if candidates or fits_nowhere(ledgers, request):
-                    self.discard(request)
-                    yield Verdict(request, candidates)
-                elif self.reserved_rank is None:  # they come by rank
-                    self.reserved_rank = rank
+
+    def discard(self, request: Assignment) -> None:
+        index = bisect_left(self._waiting, _order(request), key=_order)
+        if index < len(self._waiting) and self._waiting[index] is request:
+            del self._waiting[index]
+            self._most_tokens *= bool(self._waiting)
+
+    def next_verdict(self, ledgers: Collection[Ledger]) -> Verdict | None:
+        """Return whom to try now, or to give up; it does not wait any more. None: nobody."""
+        if not self._waiting:
+            return None
+        fits = max_fit(ledgers)
+        # Mostly nobody can be tried now, and then it is known without looking at each.
+        may_be_free = [ledger for ledger in ledgers if ledger.is_free(self._waiting[0].rank)]
+        if not may_be_free and (fits is None or self._most_tokens <= fits):
+            return None
+        for request in self._untried(ledgers):
+            num_tokens = len(request.spec.prompt_token_ids)
+            candidates = [
+                ledger
+                for ledger in able(may_be_free, request)
+                if ledger.is_free(request.rank)
+                and ledger.has_memory(num_tokens)
+                and self._is_clean(ledger)
+            ]
+            if candidates or (fits is not None and request.max_num_tokens > fits):
+                self.discard(request)
+                return Verdict(request, candidates)
+        return None
+
+    def reserve(self, ledgers: Collection[Ledger]) -> None:
+        """Keep one instance for whom is next, or in a busy fleet its trial would never begin.
+
+        Until then nobody of that rank or behind it goes there.
+        """
+        request = next(self._untried(ledgers), None) if self._waiting else None
+        possible: list[Ledger] = []
+        if request is not None:
+            possible = [
+                ledger
+                for ledger in able(ledgers, request)
+                if ledger.trial is None and not ledger.is_draining
+            ]
+        if request is None or not possible:
+            self._reserved = None
+            return
+        self._reserved_rank = request.rank
+        # The same as long as it is possible, as another may be nearer to free for a moment only.
+        if self._reserved not in {ledger.instance_id for ledger in possible}:
+            nearest = min(possible, key=lambda one: (one.num_waiting_tokens, len(one.assigned)))
+            self._reserved = nearest.instance_id
+
+    def may_go(self, request: Assignment, ledger: Ledger) -> bool:
+        """Whether one that is not doubtful spoils no trial there: neither now nor to come."""
+        if ledger.instance_id == self._reserved and self._reserved_rank <= request.rank:
+            return False
+        return ledger.trial is None or not self._suspicion.is_repeated(request.fingerprint)
+
+    def _untried(self, ledgers: Collection[Ledger]) -> Iterator[Assignment]:
+        """Yield those of whom none alike is on trial, in the order in which they wait."""
+        on_trial = (self._requests.get(one.trial) for one in ledgers if one.trial is not None)
+        tried = {request.fingerprint for request in on_trial if request is not None}
+        return (request for request in self._waiting if request.fingerprint not in tried)
+
+    def _is_concerned(self, request: Assignment, ledger: Ledger) -> bool:
+        """Whether what it does tells of a suspect: one alike that was at no death may do well."""
+        was_there = request.num_losses > 0 or ledger.trial == request.request_id
+        return was_there and not self._suspicion.is_empty()
 
     def _is_clean(self, ledger: Ledger) -> bool:
         """Whether nobody there was at two deaths, as a death there shall tell of one alone."""
         there = owned(self._requests, ledger)
-        return self._suspicion.is_empty() or not any(
-            self._suspicion.is_repeated(one.fingerprint) for one in there
-        )
+        return not any(self._suspicion.is_repeated(one.fingerprint) for one in there)
+
+
+def _order(request: Assignment) -> tuple[int, int]:
+    return request.rank, request.ordinal

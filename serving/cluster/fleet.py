@@ -258,7 +258,7 @@ class Fleet:
         """Begin what the wish asks for; return whether anything is under way."""
         staying = self._members.numbers()
         for number in self._least_needed(max(0, len(staying) - self._num_wanted)):
-            self._members.is_to_leave(number)
+            self._members.mark_leaving(number)
             if number in starting:
                 change.say(f"{instance_id(number)} is not wanted any more")
                 left = self._abandon(number, starting.pop(number))

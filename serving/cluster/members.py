@@ -112,7 +112,7 @@ class Members:
             raise UserError(f"{name} does not come up: {cause}", remedy) from error
         say(f"{name} is up ({self._clock() - start_s:.1f} s)")
 
-    def is_to_leave(self, number: int) -> None:
+    def mark_leaving(self, number: int) -> None:
         """It counts no more, though it may serve on for a while."""
         self._leaving.add(number)
 

@@ -1,4 +1,4 @@
-"""What the whole stack adds to an instance: HTTP, router, the process and Ray around it.
+"""What the whole stack adds to instances and their router: HTTP, text, the processes and Ray.
 
     python -m tests.bench.stack_cost [--rounds 3] [--num 64] [--seed 0]
 

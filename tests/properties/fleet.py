@@ -398,7 +398,9 @@ class Fleet:
         orders = [client.order for client in sent if not client.is_tried]
         assert orders == sorted(orders)
         queued = [client for client in self.clients.values() if client.at is None]
-        doubtful = [one for one in queued if one.spec.request_id in self.cluster._trials._waiting]
+        trials = self.cluster._trials
+        waiting = {request.request_id for request in trials.waiting}
+        doubtful = [one for one in queued if one.spec.request_id in waiting]
         line = sorted((one for one in queued if one not in doubtful), key=lambda one: one.order)
         assert not (orders and line) or orders[-1] < line[0].order, "one went past the head"
         up = self.instances.values()
@@ -409,18 +411,32 @@ class Fleet:
                 ledger = self.cluster.ledgers()[one.name]
                 has_memory = ledger.has_memory(len(client.spec.prompt_token_ids))
                 assert not (one.may_try(client) and self._is_clean(one) and has_memory)
-        reserved = min((client.spec.priority for client in untried), default=None)
+        first = min(untried, key=lambda one: one.order, default=None)
         for client in line[:1]:
-            is_held = reserved is not None and reserved <= client.spec.priority
-            assert not any(one.may_take(client) for one in up if one.trial or not is_held)
+            for one in (one for one in up if one.may_take(client)):
+                is_held = (
+                    first is not None
+                    and one.name == trials._reserved
+                    and first.order[0] <= client.order[0]
+                )
+                would_spoil = one.trial and self._is_repeated(client)
+                assert is_held or would_spoil, "it could go there"
+        if trials._reserved is not None:
+            one = self.instances[trials._reserved]
+            assert not one.trial
+            assert not one.is_draining
+            assert first is not None, "it waits for nobody"
+            assert first.fits(one.capacity)
         for client in (*line[:1], *untried):
             assert not self._fits_nowhere(client)
         assert not (queued and self._is_given_up()), "they wait for ever"
 
     def _is_clean(self, one: Instance) -> bool:
-        suspects = self.cluster._trials._suspicion._suspects
-        there = (suspects.get(client.key) for client in self._at(one))
-        return all(suspect is None or suspect.num_losses < 2 for suspect in there)
+        return not any(map(self._is_repeated, self._at(one)))
+
+    def _is_repeated(self, client: Client) -> bool:
+        suspect = self.cluster._trials._suspicion._suspects.get(client.key)
+        return suspect is not None and suspect.num_losses > 1 and not suspect.has_passed
 
     def _check(self) -> None:
         cluster = self.cluster

@@ -16,6 +16,7 @@ from scheduler.cluster.events import (
     Arrived,
     Cancelled,
     Dispatch,
+    Elapsed,
     Ended,
     Fail,
     FailReason,
@@ -29,6 +30,7 @@ from scheduler.cluster.events import (
 )
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.cluster.suspicion import (
+    CHANCE_S,
     QUARANTINE_S,
     SETTLED_TOKENS,
     Suspicion,
@@ -220,18 +222,18 @@ def test_the_doubtful_are_tried_one_at_a_time_on_an_instance_and_by_several_at_o
     fleet.tell(InstanceUp(B, fleet.capacity))
     assert fleet.where == {"p": "i0", "q": "i1"}
     fleet.token("q")
-    assert fleet.where == {"p": "i0", "q": "i1"}, "q is suspected until it settles or ends"
-    fleet.end("q")
-    assert fleet.where == {"p": "i0", "r": "i1"}
+    assert fleet.where == {"p": "i0", "q": "i1", "r": "i1"}, "q has passed"
 
 
 @pytest.mark.parametrize("num_deaths", [1, 2])
 def test_who_was_at_one_death_may_be_beside_a_trial_and_who_was_at_two_may_not(num_deaths):
     """Just after a death nearly everybody was at it; they would hold up all trials."""
     fleet = Fleet(1)
-    suspect(fleet, "x", num_deaths)
     fleet.arrive("x")
     fleet.token("x")
+    for _ in range(num_deaths):
+        fleet.kill(A)
+        fleet.token("x")
     suspect(fleet, "p")
     fleet.arrive("p")
     assert set(fleet.where) == ({"x", "p"} if num_deaths == 1 else {"x"})
@@ -295,6 +297,20 @@ def test_those_behind_a_doubtful_one_wait_until_an_instance_is_free_for_it():
     assert set(fleet.where) == {"p", "y0"}
 
 
+def test_one_instance_is_kept_free_for_whom_is_next_and_the_others_serve():
+    fleet = Fleet(3, max_num_running=2)
+    suspect(fleet, "p")
+    fleet.arrive(*BYSTANDERS[:6])
+    fleet.arrive("p")
+    assert "p" not in fleet.where
+    fleet.run(1)
+    reserved = fleet.where["p"]
+    assert sorted(fleet.where.values()).count(reserved) == 3
+    fleet.arrive("xa")
+    assert fleet.where["xa"] != reserved
+    fleet.end("xa")
+
+
 def test_a_trial_does_not_begin_where_it_would_wait_for_memory():
     fleet = Fleet(1)
     suspect(fleet, "p")
@@ -327,7 +343,7 @@ def test_a_trial_proves_nothing_while_instances_die_of_something_else():
         fleet.kill("i0" if fleet.where["p"] == "i1" else "i1")
         fleet.kill(fleet.where["p"])
         assert fleet.failed == {}
-    for _ in range(2):
+    for _ in range(1 + 2 + 3):  # one is excused by the last, and three died without any request
         assert fleet.failed == {}
         fleet.kill(fleet.where["p"])
     assert fleet.failed == {"p": FailReason.QUARANTINED}
@@ -461,7 +477,101 @@ def test_one_that_an_instance_never_got_to_is_not_failed():
         for name in {*urgent} & fleet.where.keys():
             fleet.end(name)
     assert fleet.failed == {}
-    assert num_trials > 3
+    assert num_trials > 1
+
+
+# --- deaths by chance: all who were there got on since ---
+
+
+def killed_by_chance(fleet, num_deaths):
+    """Kill an instance so many times under one that gets on."""
+    fleet.arrive("x")
+    for _ in range(num_deaths):
+        fleet.token("x")
+        fleet.kill(fleet.where["x"])
+    fleet.run(SETTLED_TOKENS)
+
+
+@pytest.mark.parametrize("num_by_chance", [0, 1, 3])
+@pytest.mark.parametrize("kills_after", [0, 5])
+def test_each_death_by_chance_makes_doubt_and_proof_slower_for_a_minute(num_by_chance, kills_after):
+    most = 4 if not kills_after else 7
+    for later_s, num_more in ((0.0, 2 * num_by_chance), (CHANCE_S, 0)):
+        fleet = Fleet(1)
+        killed_by_chance(fleet, num_by_chance)
+        fleet.end("x")
+        fleet.tell(Elapsed(), now=later_s)
+        fleet.arrive("p", kills_after=kills_after)
+        fleet.run((kills_after + 1) * (most + num_more))
+        assert fleet.failed == {"p": FailReason.QUARANTINED}
+        assert fleet.num_deaths == num_by_chance + most + num_more
+
+
+def test_a_death_is_no_chance_while_one_that_was_there_did_not_get_on():
+    fleet = Fleet(1)
+    fleet.arrive("p", kills_after=5)
+    fleet.arrive("x")
+    while not fleet.failed:
+        fleet.run(6)
+    assert fleet.failed == {"p": FailReason.QUARANTINED}
+    assert fleet.num_deaths == 7
+
+
+def test_an_innocent_outlives_any_number_of_kills_that_others_outlive():
+    """Where instances die of nobody's doing, all take part in it, and nobody is tried."""
+    for seed in range(10):
+        rng = random.Random(seed)
+        fleet = Fleet(3, max_num_losses=100)
+        fleet.arrive(*BYSTANDERS[:12])
+        for _ in range(60):
+            fleet.run(rng.randint(5, 60), rng)
+            fleet.kill(InstanceId(f"i{rng.randrange(3)}"))
+        assert fleet.failed == {}
+
+
+def test_what_was_at_no_death_says_nothing_for_those_alike():
+    """A prompt that kills with some seeds alone is doubted although others get on with it."""
+    fleet = Fleet(1)
+    fleet.arrive("p0", kills_after=5)
+    for number in range(1, 9):
+        fleet.run(6)
+        if fleet.failed:
+            break
+        fleet.arrive(f"p{number}")
+        if f"p{number}" in fleet.where:
+            fleet.token(f"p{number}")
+            fleet.end(f"p{number}")
+    assert fleet.num_deaths == 7
+    assert fleet.failed["p0"] is FailReason.QUARANTINED
+
+
+def test_other_settings_are_another_request():
+    spec = make_spec(prompt=(1, 2), max_tokens=5)
+    for same in ({"seed": 5}, {"choice": 2}, {"max_tokens": 9}):
+        alike = replace(spec, params=replace(spec.params, **same))
+        assert fingerprint(alike) == fingerprint(spec)
+    other = replace(spec, params=replace(spec.params, logprobs=5))
+    assert fingerprint(other) != fingerprint(spec)
+
+
+def test_who_was_at_two_deaths_does_not_come_beside_a_trial():
+    """Its death there would be counted against another."""
+    fleet = Fleet(2)
+    fleet.arrive("x")
+    fleet.token("x")
+    for _ in range(2):
+        fleet.kill(fleet.where["x"])
+        fleet.token("x")
+    suspect(fleet, "p", num_deaths=5)
+    fleet.arrive("p")
+    assert fleet.where["p"] != fleet.where["x"]
+    fleet.token("p")
+    fleet.tell(InstanceDown(fleet.where["x"]))
+    fleet.num_tokens = {key: n for key, n in fleet.num_tokens.items() if key[1] == "p"}
+    fleet.arrive("y")
+    assert set(fleet.where) == {"p"}, "x is first, and y behind it"
+    fleet.run(SETTLED_TOKENS)
+    assert set(fleet.where) == {"p", "x", "y"}
 
 
 # --- quarantine ---

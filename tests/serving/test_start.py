@@ -35,6 +35,9 @@ def hocket(*args: str, cache: Path | None = None) -> subprocess.CompletedProcess
     ("flags", "cause"),
     [
         (ServeFlags(max_num_running=0), "--max-num-running 0 is too small"),
+        (ServeFlags(threads=10**23), f"--threads {10**23} is too large"),
+        (ServeFlags(priority_headroom=-1), "--priority-headroom -1 makes no sense"),
+        (ServeFlags(priority_headroom=1), "--priority-headroom needs --dispatch freeness and"),
         (ServeFlags(max_num_running=8, max_num_batched_tokens=4), "is less than"),
         (ServeFlags(port=70000), "--port 70000"),
         (ServeFlags(admin_port=-1), "--admin-port -1"),
