@@ -8,6 +8,8 @@ from enum import StrEnum
 from scheduler.load import InstanceView
 from scheduler.types import InstanceId, RejectReason, RequestId, RequestSpec
 
+PROGRESS_MARKS = frozenset((2, 4, 8, 16, 32, 64))
+
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
@@ -25,11 +27,12 @@ class FirstToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
-    """`suspicion.SETTLED_TOKENS` tokens came since the request was dispatched."""
+class Progressed:
+    """So many tokens, one of `PROGRESS_MARKS`, came since the request was dispatched."""
 
     request_id: RequestId
     instance_id: InstanceId
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ class DrainStarted:
 ClusterEvent = (
     Arrived
     | FirstToken
-    | Settled
+    | Progressed
     | Ended
     | Cancelled
     | InstanceUp

@@ -21,6 +21,7 @@ class Assignment:
         "instance_id",
         "is_cancelled",
         "num_losses",
+        "num_tokens",
         "ordinal",
         "rank",
         "spec",
@@ -33,6 +34,7 @@ class Assignment:
         self.instance_id: InstanceId | None = None  # None: it is queued here
         self.is_cancelled = False  # its instance was told to drop it
         self.num_losses = 0  # instances that died under it
+        self.num_tokens = 0  # it had on its instance at the last of the `PROGRESS_MARKS`
         self._fingerprint: Fingerprint | None = None  # once it was asked for
 
     @property

@@ -33,9 +33,9 @@ from scheduler.cluster.events import (
     InstanceDraining,
     InstanceUp,
     MoveAway,
+    Progressed,
     Reject,
     Reported,
-    Settled,
 )
 from scheduler.cluster.ledger import Ledger
 from scheduler.cluster.queue import Assignment, Queue, able, max_fit, owned, refusal
@@ -126,7 +126,10 @@ class ClusterScheduler:
                 if instance_id in self._instances:
                     self._instances[instance_id].report(view)
                 return actions  # room is made by first tokens and ends
-            case Arrived() | FirstToken() | Settled() | Ended() | Cancelled():
+            case Progressed(request_id, instance_id, num_tokens):
+                if not self._got_on(request_id, instance_id, num_tokens):
+                    return actions
+            case Arrived() | FirstToken() | Ended() | Cancelled():
                 actions += self._take_request(event)
             case InstanceUp() | InstanceDown() | InstanceDraining() | MoveAway():
                 actions += self._take_instance(event, now)
@@ -139,7 +142,7 @@ class ClusterScheduler:
         return [*actions, *self._give_up(now), *self._dispatches()]
 
     def _take_request(
-        self, event: Arrived | FirstToken | Settled | Ended | Cancelled
+        self, event: Arrived | FirstToken | Ended | Cancelled
     ) -> Iterator[ClusterAction]:
         match event:
             case Arrived(spec):
@@ -149,8 +152,6 @@ class ClusterScheduler:
                     yield Reject(spec.request_id, reason)
             case FirstToken(request_id, instance_id):
                 self._began(request_id, instance_id)
-            case Settled(request_id, instance_id) if self.owner(request_id) == instance_id:
-                self._trials.settled(self._requests[request_id], self._instances[instance_id])
             case Ended(request_id, instance_id):
                 self._ended(request_id, instance_id)
             case Cancelled():
@@ -200,11 +201,17 @@ class ClusterScheduler:
         self._queue.push(request)
 
     def _began(self, request_id: RequestId, instance_id: InstanceId) -> None:
+        if self.owner(request_id) == instance_id:
+            self._instances[instance_id].began(request_id)
+            self._got_on(request_id, instance_id, 1)
+
+    def _got_on(self, request_id: RequestId, instance_id: InstanceId, num_tokens: int) -> bool:
+        """Return whether that may change what can be dispatched."""
         request = self._requests.get(request_id)
-        if request is not None and request.instance_id == instance_id:
-            ledger = self._instances[instance_id]
-            ledger.began(request_id)
-            self._trials.got_token(request, ledger)
+        if request is None or request.instance_id != instance_id:
+            return False
+        request.num_tokens = num_tokens
+        return self._trials.got_on(request, self._instances[instance_id])
 
     def _ended(self, request_id: RequestId, instance_id: InstanceId) -> None:
         ledger, request = self._instances.get(instance_id), self._requests.get(request_id)
@@ -212,7 +219,7 @@ class ClusterScheduler:
             return
         if request is not None and request.instance_id == instance_id:
             if not request.is_cancelled:
-                self._trials.settled(request, ledger)
+                self._trials.ended(request, ledger)
             del self._requests[request_id]
         ledger.ended(request_id)
 
@@ -224,7 +231,7 @@ class ClusterScheduler:
             self._forget_queued(request)
         else:  # it stays assigned until the instance says that it ended
             if event.num_output_tokens is not None:  # it ended well
-                self._trials.settled(request, self._instances[request.instance_id])
+                self._trials.ended(request, self._instances[request.instance_id])
             request.is_cancelled = True
             yield Abort(event.request_id, request.instance_id, event.num_output_tokens)
 
@@ -340,5 +347,6 @@ class ClusterScheduler:
     def _dispatch(self, request: Assignment, candidates: list[Ledger]) -> Dispatch:
         ledger, num_tokens = self._dispatcher.choose(request.spec, candidates)
         request.instance_id = ledger.instance_id
+        request.num_tokens = 0
         ledger.send(request.request_id, request.rank, num_tokens)
         return Dispatch(request.spec, ledger.instance_id)

@@ -58,30 +58,33 @@ class Trials:
         """Forget what is too long ago."""
         self._suspicion.expire(now)
 
-    def got_token(self, request: Assignment, ledger: Ledger) -> None:
-        """Its first one there."""
-        if self._is_concerned(request, ledger):
-            self._suspicion.got_token(request.fingerprint)
-            if ledger.trial == request.request_id and not self.is_doubtful(request):
-                self._suspicion.passed(request.fingerprint)
-                ledger.trial = None
+    def got_on(self, request: Assignment, ledger: Ledger) -> bool:
+        """It has got more tokens there. Return whether that means anything."""
+        if not self._is_concerned(request, ledger):
+            return False
+        self._suspicion.got_on(request.fingerprint, request.num_tokens)
+        if ledger.trial == request.request_id and not self.is_doubtful(request):
+            ledger.trial = None
+        return True
 
-    def settled(self, request: Assignment, ledger: Ledger) -> None:
-        """It is suspected no more, and on trial neither."""
+    def ended(self, request: Assignment, ledger: Ledger) -> None:
+        """It ended well: it is suspected no more, and on trial neither."""
         if self._is_concerned(request, ledger):
-            self._suspicion.settled(request.fingerprint)
+            self._suspicion.ended(request.fingerprint)
         if ledger.trial == request.request_id:
             ledger.trial = None
 
     def died(self, ledger: Ledger, there: Collection[Assignment], now: float) -> Fingerprint | None:
         """An instance died with all that were there; return who is condemned for it."""
-        suspicion = self._suspicion
-        keys = dict.fromkeys(request.fingerprint for request in there)
+        num_tokens: dict[Fingerprint, int] = {}
+        for request in there:
+            key = request.fingerprint
+            num_tokens[key] = max(request.num_tokens, num_tokens.get(key, 0))
         tried = [one.fingerprint for one in there if one.request_id == ledger.trial]
-        doubtful = [key for key in keys if suspicion.is_doubtful(key)]
-        is_proof = bool(tried) and doubtful == tried  # else it may have been another
-        suspicion.died(keys, now, is_explained=is_proof)
-        return tried[0] if is_proof and suspicion.died_on_trial(tried[0], now) else None
+        doubtful = [key for key in num_tokens if self._suspicion.is_doubtful(key)]
+        # Else it may have been another.
+        proven = tried[0] if tried and doubtful == tried else None
+        return proven if self._suspicion.died(num_tokens, now, proven) else None
 
     def untried(
         self, there: Collection[Assignment], ledgers: Collection[Ledger]

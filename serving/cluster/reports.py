@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 from engine.messages import StepEvents
 from scheduler.cluster.events import (
+    PROGRESS_MARKS,
     Cancelled,
     ClusterEvent,
     Ended,
     FirstToken,
+    Progressed,
     Reported,
-    Settled,
 )
-from scheduler.cluster.suspicion import SETTLED_TOKENS
 from scheduler.types import (
     FinishedEvent,
     FinishReason,
@@ -125,8 +125,9 @@ class StepReports:
         if stream.awaits_token:
             stream.awaits_token = False
             self._tell(FirstToken(event.request_id, instance_id))
-        if event.output_index == stream.num_brought_tokens + SETTLED_TOKENS - 1:
-            self._tell(Settled(event.request_id, instance_id))
+        num_tokens = event.output_index + 1 - stream.num_brought_tokens
+        if num_tokens in PROGRESS_MARKS:
+            self._tell(Progressed(event.request_id, instance_id, num_tokens))
         if stream.has_readers:
             gap_s = stream.marks.token(now)
             if gap_s is None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from scheduler.cluster.dispatch import DISPATCH_POLICIES
 from scheduler.cluster.events import (
+    PROGRESS_MARKS,
     Abort,
     Arrived,
     Cancelled,
@@ -29,9 +30,9 @@ from scheduler.cluster.events import (
     InstanceDraining,
     InstanceUp,
     MoveAway,
+    Progressed,
     Reject,
     Reported,
-    Settled,
 )
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.cluster.suspicion import QUARANTINE_S, Fingerprint, fingerprint
@@ -160,7 +161,8 @@ class Fleet:
                 one.has[name] = client, True
                 one.outbox.append(FirstToken(name, one.name))
             elif has_token and self.rng.random() < 0.3:
-                one.outbox.append(Settled(name, one.name))
+                number = self.rng.choice(sorted(PROGRESS_MARKS))
+                one.outbox.append(Progressed(name, one.name, number))
             else:
                 del one.has[name]
                 one.outbox.append(Ended(name, one.name))
@@ -436,7 +438,7 @@ class Fleet:
 
     def _is_repeated(self, client: Client) -> bool:
         suspect = self.cluster._trials._suspicion._suspects.get(client.key)
-        return suspect is not None and suspect.num_losses > 1 and not suspect.has_passed
+        return suspect is not None and len(suspect.deaths) > 1
 
     def _check(self) -> None:
         cluster = self.cluster

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler.cluster.events import (
+    PROGRESS_MARKS,
     Abort,
     Arrived,
     Cancelled,
@@ -24,9 +25,9 @@ from scheduler.cluster.events import (
     InstanceDown,
     InstanceUp,
     MoveAway,
+    Progressed,
     Reject,
     Reported,
-    Settled,
 )
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.cluster.suspicion import (
@@ -106,8 +107,8 @@ class Fleet:
         self.num_tokens[key] += 1
         if self.num_tokens[key] == 1:
             self.tell(FirstToken(key[1], key[0]))
-        if self.num_tokens[key] == SETTLED_TOKENS:
-            self.tell(Settled(key[1], key[0]))
+        if self.num_tokens[key] in PROGRESS_MARKS:
+            self.tell(Progressed(key[1], key[0], self.num_tokens[key]))
 
     def end(self, name, instance_id=None):
         instance_id = instance_id or self.where[name]
@@ -275,10 +276,11 @@ def test_no_trial_begins_where_requests_wait_or_all_places_are_taken():
     assert fleet.cluster.num_queued == 2
 
 
-def suspect(fleet, name, num_deaths=2):
+def suspect(fleet, name, num_deaths=2, num_tokens=0):
     for _ in range(num_deaths):
         key = fingerprint(make_spec(prompt=(ord(name[0]),)))
-        fleet.cluster._trials._suspicion.died([key], 0.0, is_explained=True)
+        stranger = fingerprint(make_spec(prompt=(1, 2, 3)))  # who is to blame, so no alibi
+        fleet.cluster._trials._suspicion.died({key: num_tokens}, 0.0, stranger)
 
 
 def test_those_behind_a_doubtful_one_wait_until_an_instance_is_free_for_it():
@@ -298,17 +300,17 @@ def test_those_behind_a_doubtful_one_wait_until_an_instance_is_free_for_it():
 
 
 def test_one_instance_is_kept_free_for_whom_is_next_and_the_others_serve():
-    fleet = Fleet(3, max_num_running=2)
+    fleet = Fleet(2, max_num_running=2)
     suspect(fleet, "p")
-    fleet.arrive(*BYSTANDERS[:6])
-    fleet.arrive("p")
-    assert "p" not in fleet.where
+    fleet.arrive("bA", "bB", "bC", "bD")
     fleet.run(1)
-    reserved = fleet.where["p"]
-    assert sorted(fleet.where.values()).count(reserved) == 3
-    fleet.arrive("xa")
-    assert fleet.where["xa"] != reserved
-    fleet.end("xa")
+    fleet.arrive("p", "x", "y")
+    assert fleet.cluster.num_queued == 2, "there was room for a spare one on both"
+    free = next(place for place in (A, B) if place != fleet.where["x"])
+    fleet.end(next(name for name, place in fleet.where.items() if place == free))
+    assert fleet.where["p"] == free
+    fleet.token("p")
+    assert fleet.where["y"] == free
 
 
 def test_a_trial_does_not_begin_where_it_would_wait_for_memory():
@@ -562,7 +564,7 @@ def test_who_was_at_two_deaths_does_not_come_beside_a_trial():
     for _ in range(2):
         fleet.kill(fleet.where["x"])
         fleet.token("x")
-    suspect(fleet, "p", num_deaths=5)
+    suspect(fleet, "p", num_deaths=5, num_tokens=32)
     fleet.arrive("p")
     assert fleet.where["p"] != fleet.where["x"]
     fleet.token("p")
@@ -574,14 +576,28 @@ def test_who_was_at_two_deaths_does_not_come_beside_a_trial():
     assert set(fleet.where) == {"p", "x", "y"}
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 40])
+def test_whoever_gets_further_than_where_it_died_outlived_that(num_tokens):
+    fleet = Fleet(1)
+    fleet.arrive("r")
+    for _ in range(4):
+        fleet.run(num_tokens)
+        fleet.kill(A)
+    suspicion = fleet.cluster._trials._suspicion
+    fleet.run(num_tokens)
+    assert not suspicion.is_empty()
+    fleet.run(num_tokens)
+    assert suspicion.is_empty()
+
+
 # --- quarantine ---
 
 
 def condemned(suspicion, key, now):
     for _ in range(3):
-        suspicion.died([key], now, is_explained=True)
-    assert not suspicion.died_on_trial(key, now), "one may be chance"
-    assert suspicion.died_on_trial(key, now)
+        suspicion.died({key: 0}, now)
+    assert not suspicion.died({key: 0}, now, key), "one may be chance"
+    assert suspicion.died({key: 0}, now, key)
 
 
 def test_the_same_request_is_refused_for_a_while_under_whatever_name():
@@ -611,7 +627,7 @@ def test_a_second_offence_holds_from_then_on():
 def test_who_is_at_no_death_for_long_is_suspected_no_more():
     suspicion, key = Suspicion(), fingerprint(make_spec())
     for now in (0.0, 100.0):
-        suspicion.died([key], now, is_explained=False)
+        suspicion.died({key: 0}, now)
     suspicion.expire(QUARANTINE_S + 99)
     assert suspicion.is_doubtful(key)
     suspicion.expire(QUARANTINE_S + 100)
@@ -621,8 +637,9 @@ def test_who_is_at_no_death_for_long_is_suspected_no_more():
 def test_what_is_remembered_is_bounded_and_the_oldest_are_forgotten():
     suspicion = Suspicion()
     keys = [fingerprint(make_spec(prompt=(index,))) for index in range(4097)]
-    suspicion.died(keys, 0.0, is_explained=False)
+    suspicion.died(dict.fromkeys(keys, 0), 0.0)
     assert [key in suspicion._suspects for key in keys[:2]] == [False, True]
+    suspicion = Suspicion()
     for key in keys:
         condemned(suspicion, key, 0.0)
     assert suspicion.num_quarantined == 4096
