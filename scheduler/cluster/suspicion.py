@@ -6,7 +6,7 @@ or ended well. Suspects are known by tenant, prompt and settings: choices of one
 client sends again, are one. A suspect is *doubtful* with two deaths not outlived at which it had no
 token, or five of whatever kind. The doubtful are put on trial: one at a time, each on an instance
 where it computes at once, where until its first token nobody comes beside it, and where nobody else
-has two deaths to outlive (just after a death nearly everybody has one). The trial is over when it is
+has two deaths to outlive (just after one nearly everybody has one). The trial is over when it is
 doubtful no more. Who brings down two instances on trial is condemned: all that run of it end, and
 it is kept out for ten minutes.
 
