@@ -60,12 +60,12 @@ class Trials:
 
     def got_on(self, request: Assignment, ledger: Ledger) -> bool:
         """It has got more tokens there. Return whether that means anything."""
-        if not self._is_concerned(request, ledger):
-            return False
-        self._suspicion.got_on(request.fingerprint, request.num_tokens)
+        is_concerned = self._is_concerned(request, ledger)
+        if is_concerned:
+            self._suspicion.got_on(request.fingerprint, request.num_tokens)
         if ledger.trial == request.request_id and not self.is_doubtful(request):
             ledger.trial = None
-        return True
+        return is_concerned
 
     def ended(self, request: Assignment, ledger: Ledger) -> None:
         """It ended well: it is suspected no more, and on trial neither."""
@@ -124,7 +124,8 @@ class Trials:
         index = bisect_left(self._waiting, _order(request), key=_order)
         if index < len(self._waiting) and self._waiting[index] is request:
             del self._waiting[index]
-            self._most_tokens *= bool(self._waiting)
+        if not self._waiting:
+            self._most_tokens = 0
 
     def next_verdict(self, ledgers: Collection[Ledger]) -> Verdict | None:
         """Return whom to try now, or to give up; it does not wait any more. None: nobody."""
@@ -185,8 +186,9 @@ class Trials:
 
     def _is_concerned(self, request: Assignment, ledger: Ledger) -> bool:
         """Whether what it does tells of a suspect: one alike that was at no death may do well."""
-        was_there = request.num_losses > 0 or ledger.trial == request.request_id
-        return was_there and not self._suspicion.is_empty()
+        if self._suspicion.is_empty():
+            return False
+        return request.num_losses > 0 or ledger.trial == request.request_id
 
     def _is_clean(self, ledger: Ledger) -> bool:
         """Whether nobody there was at two deaths, as a death there shall tell of one alone."""
