@@ -138,11 +138,6 @@ def _placement(group: InstanceGroup, engine: EngineConfig, where: str) -> Placem
     num_gpus = group.gpus
     if num_gpus is None:
         num_gpus = 1.0 if engine.device.startswith("cuda") else 0.0
-    if group.devices > 1 and not (num_gpus or group.cpus or group.memory or group.resources):
-        raise UserError(
-            f"{where}.devices is {group.devices}, and nothing is asked for each",
-            "say what a device takes of its node: gpus, cpus, memory or resources",
-        )
     return Placement(
         num_cpus=group.cpus,
         num_gpus=num_gpus,
