@@ -31,11 +31,11 @@ def backend(monkeypatch, tmp_path):
         all_processes={"gcs_server": [SimpleNamespace(process=SimpleNamespace(poll=poll))]}
     )
     opened = Opened(address="", logs="", version="")
-    monkeypatch.setattr(module, "_own_session", lambda _: (head, opened))
+    monkeypatch.setattr(module, "own_session", lambda _: (head, opened))
     monkeypatch.setattr(module, "_quieten", lambda _: None)
     monkeypatch.setattr(module, "_HEAD_POLL_S", 0.001)
     monkeypatch.setattr(module.os, "_exit", end)
-    order = Open(address=None, folder=str(tmp_path), name="s1")
+    order = Open(address=None, folder=str(tmp_path), name="s1", prefix="hocket-1-")
     return module._Backend(order, SimpleNamespace(send=lambda _: None))
 
 

@@ -27,6 +27,7 @@ from serving.cluster.ray.messages import (
     ControlCommand,
     ControlReport,
     Ended,
+    Keep,
     Open,
     Opened,
     Place,
@@ -103,6 +104,10 @@ class RayControl:
                 f"Ray has not started within {_OPEN_S:g} s",
                 "see what it printed above, and its logs",
             ) from None
+
+    def keep(self, names: list[str]) -> None:
+        """Have nothing left that control processes before this one have placed, but for these."""
+        self._send(Keep(names=names))
 
     def place(self, name: str, placement: Placement, dial: bytes) -> Placing:
         """Have an actor made."""
