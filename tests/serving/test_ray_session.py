@@ -201,15 +201,22 @@ def test_what_no_node_can_hold_is_said_at_once(ray_session, placement, words):
     ray_session.run(run())
 
 
-def test_what_several_devices_need_is_reserved_while_it_runs(ray_session):
-    num_cpus = len(os.sched_getaffinity(0))
-    half = Placement(num_cpus=num_cpus / 2, num_devices=2)
+NUM_CPUS = len(os.sched_getaffinity(0))
+WHOLE_NODE = Placement(num_cpus=NUM_CPUS / 2, num_devices=2)
 
+
+def test_what_several_devices_need_is_reserved_while_it_runs(ray_session):
     async def run():
         for _ in range(2):  # the first one's room is given back
-            async with Served(ray_session.handle(placement=half)) as instance:
+            async with Served(ray_session.handle(placement=WHOLE_NODE)) as instance:
                 instance.submit(ENDLESS)
                 await instance.until_ended("a")
+                control = ray_session.session._control
+                waiting = control.place(f"{ray_session.session._prefix}waits", WHOLE_NODE, b"")
+                async with asyncio.timeout(10):
+                    await waiting.registered  # though there is no room
+                    control.remove(f"{ray_session.session._prefix}waits")
+                    await waiting.ended
 
     ray_session.run(run())
 
@@ -333,6 +340,29 @@ def test_a_cluster_is_left_as_it_was(ray_session, monkeypatch):
     started.stop()  # without a word to the instance
     until(lambda: is_gone(pid))
     until(lambda: not ray_session.pids_of("tls_relay"))
+
+
+def test_what_is_reserved_is_given_back_whoever_reserved_it(ray_session, monkeypatch):
+    with_token_of(ray_session, monkeypatch)
+
+    async def lose_both(started):
+        async with Served(started.handle(placement=WHOLE_NODE)) as instance:
+            os.kill(started.control_pid, signal.SIGKILL)
+            await instance.until(lambda: started.session._control.is_gone)
+            os.kill(instance.handle.pid, signal.SIGKILL)
+            await instance.until(
+                lambda: any(isinstance(report, Failed) for report in instance.reports)
+            )
+
+    async def serve():
+        async with Served(ray_session.handle(placement=WHOLE_NODE)):
+            pass
+
+    started = Started(ray_session.runner, address=ray_session.facts.address)
+    started.run(lose_both(started))
+    started.run(lose_both(started))  # in the room that the first one had
+    started.stop()
+    ray_session.run(serve())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The Ray control process: `python -P -m serving.cluster.ray.backend --fd N`.
 
 It imports ray, as `opening` does for it and no other file. It makes actors and removes them, and
-says when one has ended. It sees no request and no token. The API process may lose it and go on; when
+says when one has ended. It sees no request and no token. The API process may lose it and go on; if
 it loses the API process, it takes down all that it placed, and of a session of its own everything.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import queue
 import signal
@@ -16,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -51,6 +52,7 @@ _Made = TypeVar("_Made")
 _HEAD_POLL_S = 0.2
 _NEVER_FITS_S = 5.0  # for a node that fits to join a cluster
 _ROOM_S = 30.0  # for what holds the room to let go of it
+_HOLD_S = 2.0  # for a session that has just begun to reserve what is held
 _WORKER_S = 120.0  # for Ray to start the process, where there is room
 _GOODBYE_S = 3.0  # for a cluster to take back what it lent
 
@@ -150,8 +152,11 @@ class _Backend:
                 self._kept.add(order.name)
                 self._begin(self._keep, order)
             case Keep():
-                self._kept.update(order.names)
-                self._begin(self._remove_all_but, self._kept)
+                self._kept.update(order.placements)
+                if self._is_ours:
+                    _hold(order.placements)  # before anything else is placed
+                else:
+                    self._begin(self._remove_all_but, self._kept)
             case Remove():
                 self._begin(self._remove, order.name)
 
@@ -183,7 +188,9 @@ class _Backend:
 
         placement = order.placement
         _await_a_fit(placement, 0.0 if self._is_ours else _NEVER_FITS_S)
-        group = self._made(lambda: _group(order)) if placement.num_devices > 1 else None
+        group = (
+            self._made(lambda: _group(order.name, placement)) if placement.num_devices > 1 else None
+        )
         actor = self._made(lambda: _actor(order, group))
         self._say(Placed(name=order.name))
         up = actor.__ray_ready__.remote()
@@ -253,16 +260,25 @@ def _actor(order: Place, group: Any) -> Any:
     return ray.remote(InstanceActor).options(**options).remote()
 
 
-def _group(order: Place) -> Any:
+def _hold(placements: Mapping[str, Placement]) -> None:
+    """Reserve what instances have that are older than this session, until they are removed."""
+    for name, placement in placements.items():
+        # Of memory, a new session counts what is free.
+        held = dataclasses.replace(placement, memory_bytes=0)
+        if room.bundle(held):
+            with contextlib.suppress(Exception):  # Ray is not well
+                _group(name, held).wait(_HOLD_S)
+
+
+def _group(name: str, placement: Placement) -> Any:
     """Have room reserved for all devices on one node, as soon as a node has it."""
     from ray.util import placement_group
 
-    placement = order.placement
     bundles = [room.bundle(placement) for _ in range(placement.num_devices)]
     return placement_group(
         bundles,
         strategy="STRICT_PACK",
-        name=order.name,
+        name=name,
         lifetime="detached",
         bundle_label_selector=[dict(placement.labels)] * len(bundles) if placement.labels else None,
     )

@@ -55,7 +55,7 @@ class RayHost:
         self.name = name
         self._dial = dial
         self._config = config
-        self._placement = placement
+        self.placement = placement
         self._session = session
         self._remove = remove
         self._calls: list[Call] = []
@@ -107,7 +107,7 @@ class RayHost:
     async def _called(self, control: RayControl, expected: Expected) -> list[Call]:
         """Have it placed, and wait for its two calls. Raises UserError."""
         dial = encode(self._dial(expected.name, expected.secret))
-        placing = control.place(self.name, self._placement, dial)
+        placing = control.place(self.name, self.placement, dial)
         calls = asyncio.ensure_future(expected.all_calls())
         try:
             waited: set[asyncio.Future[Any]] = {placing.registered, placing.ended, calls}

@@ -28,9 +28,9 @@ class Open(_Message, frozen=True, kw_only=True):
 
 
 class Keep(_Message, frozen=True, kw_only=True):
-    """Of what control processes before this one have placed, nothing but these names is to stay."""
+    """Of what control processes before this one have placed, these live, and nothing else is to."""
 
-    names: list[str]
+    placements: dict[str, Placement]  # by name
 
 
 class Place(_Message, frozen=True, kw_only=True):

@@ -165,7 +165,7 @@ class RaySession:
     async def _open_both(self, control: RayControl) -> Opened:
         """Raises UserError."""
         opened = await control.open()
-        control.keep([host.name for host in self._hosts if host.is_there])
+        control.keep({host.name: host.placement for host in self._hosts if host.is_there})
         if self._reception.is_open:
             return opened
         assert self._folder is not None
