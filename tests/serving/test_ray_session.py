@@ -378,14 +378,16 @@ def test_an_address_that_is_none_is_the_users_mistake(ray_session, address, word
         Started(ray_session.runner, address=address)
 
 
-def test_a_cluster_that_refuses_us_is_named(ray_session, monkeypatch):
+def test_a_cluster_that_refuses_us_is_named(ray_session, monkeypatch, caplog):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     monkeypatch.setenv("RAY_py_gcs_connect_timeout_s", "1")
     with pytest.raises(UserError, match="refuses us: its token is another") as error:
         Started(ray_session.runner, address=ray_session.facts.address)
     assert "RAY_AUTH_TOKEN_PATH" in error.value.remedy
+    assert "instances that are up" not in caplog.text, "there are none"
 
 
-def test_that_a_cluster_asks_for_a_token_is_tried(ray_session):
+def test_that_a_cluster_asks_for_a_token_is_tried_without_a_word(ray_session, capfd):
     assert asks_for_a_token(ray_session.facts.address)
+    assert capfd.readouterr() == ("", "")

@@ -33,7 +33,7 @@ from serving.listener import is_loopback
 if TYPE_CHECKING:
     from serving.cluster.ray.certificates import Authority
 
-_GIVE_BACK_S = 20.0  # for a cluster to be joined, only to remove what is reserved there
+_GIVE_BACK_S = 10.0  # for a cluster to be joined, only to remove what is reserved there
 
 
 @dataclass(frozen=True)
