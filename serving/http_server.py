@@ -73,7 +73,7 @@ class HttpServer(uvicorn.Server):
             await self._hang_up()
 
     async def _hang_up(self) -> None:
-        """End what still answers by its connection: cancelled with the loop, it would be a fault."""
+        """End what still answers by its connection: cancelled with the loop it is a fault."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         if self.server_state.tasks:
