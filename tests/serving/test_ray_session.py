@@ -221,6 +221,14 @@ def test_what_several_devices_need_is_reserved_while_it_runs(ray_session):
     ray_session.run(run())
 
 
+def test_several_devices_that_ask_for_nothing_are_placed(ray_session):
+    async def run():
+        async with Served(ray_session.handle(placement=Placement(num_devices=2))):
+            pass
+
+    ray_session.run(run())
+
+
 # --- strangers ---
 
 

@@ -188,9 +188,9 @@ class _Backend:
 
         placement = order.placement
         _await_a_fit(placement, 0.0 if self._is_ours else _NEVER_FITS_S)
-        group = (
-            self._made(lambda: _group(order.name, placement)) if placement.num_devices > 1 else None
-        )
+        group = None
+        if placement.num_devices > 1 and room.bundle(placement):
+            group = self._made(lambda: _group(order.name, placement))
         actor = self._made(lambda: _actor(order, group))
         self._say(Placed(name=order.name))
         up = actor.__ray_ready__.remote()
@@ -308,7 +308,7 @@ def _has_room(placement: Placement, group: Any) -> bool:
     from ray.util import placement_group_table
 
     if group is not None:
-        return bool(placement_group_table(group)["state"] == "CREATED")
+        return bool(placement_group_table(group).get("state") == "CREATED")
     return room.fits(placement, _nodes(), ray._private.state.available_resources_per_node())
 
 
