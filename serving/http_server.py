@@ -28,6 +28,7 @@ _LACKS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _ACCEPT_LINES_S = 1.0  # between lines that say so
 # What is accepted ends before the server does; after it only idle connections are left.
 _CLOSE_TIMEOUT_S = 3
+_HANG_UP_S = 1.0  # for what answers to see that nobody reads it any more
 # Longer than clients keep idle connections (httpx 5 s, aiohttp 15 s): whoever closes one while the
 # other sends on it fails that request, and clients know when they send.
 _KEEP_ALIVE_S = 75
@@ -69,6 +70,14 @@ class HttpServer(uvicorn.Server):
         finally:
             self.should_exit = True
             await task
+            await self._hang_up()
+
+    async def _hang_up(self) -> None:
+        """End what still answers by its connection: cancelled with the loop it is a fault."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_HANG_UP_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """A hook of uvicorn."""

@@ -1,4 +1,4 @@
-"""More clients than there are open files, or than the loop can take at once."""
+"""More clients than there are open files, or than the loop can take at once; an end at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import socket
 import threading
 from urllib.parse import urlsplit
 
-from serving.http_server import AcceptFailures
+from serving.http_server import AcceptFailures, HttpServer
+from serving.listener import bind
+from serving.ports import Port, PortRules
 from tests.serving.servers import running_server
 from tests.serving.test_http import LONG, call, metric, wait_until
 from tests.serving.test_overload import post
@@ -62,3 +64,28 @@ def test_what_cannot_be_accepted_is_a_line_a_second(caplog):
         assert [record.name for record in caplog.records[2:]] == ["asyncio"] * 2, "as it would say"
     finally:
         loop.close()
+
+
+def test_an_end_at_once_hangs_up_and_is_nobodys_fault(caplog):
+    async def answer_until_nobody_reads(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def run():
+        with bind("127.0.0.1", 0) as listener:
+            server = HttpServer(Port(listener, PortRules()))
+            server.entrance.open(answer_until_nobody_reads)
+            async with server.running(lambda: None):
+                reader, writer = await asyncio.open_connection(*listener.getsockname())
+                writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                await reader.readuntil(b"a\r\n")
+                server.force_exit = True
+            async with asyncio.timeout(5):
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+            writer.close()
+
+    asyncio.run(run())
+    assert caplog.messages == []

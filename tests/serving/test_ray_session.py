@@ -201,15 +201,30 @@ def test_what_no_node_can_hold_is_said_at_once(ray_session, placement, words):
     ray_session.run(run())
 
 
-def test_what_several_devices_need_is_reserved_while_it_runs(ray_session):
-    num_cpus = len(os.sched_getaffinity(0))
-    half = Placement(num_cpus=num_cpus / 2, num_devices=2)
+NUM_CPUS = len(os.sched_getaffinity(0))
+WHOLE_NODE = Placement(num_cpus=NUM_CPUS / 2, num_devices=2)
 
+
+def test_what_several_devices_need_is_reserved_while_it_runs(ray_session):
     async def run():
         for _ in range(2):  # the first one's room is given back
-            async with Served(ray_session.handle(placement=half)) as instance:
+            async with Served(ray_session.handle(placement=WHOLE_NODE)) as instance:
                 instance.submit(ENDLESS)
                 await instance.until_ended("a")
+                control = ray_session.session._control
+                waiting = control.place(f"{ray_session.session._prefix}waits", WHOLE_NODE, b"")
+                async with asyncio.timeout(10):
+                    await waiting.registered  # though there is no room
+                    control.remove(f"{ray_session.session._prefix}waits")
+                    await waiting.ended
+
+    ray_session.run(run())
+
+
+def test_several_devices_that_ask_for_nothing_are_placed(ray_session):
+    async def run():
+        async with Served(ray_session.handle(placement=Placement(num_devices=2))):
+            pass
 
     ray_session.run(run())
 
@@ -335,6 +350,29 @@ def test_a_cluster_is_left_as_it_was(ray_session, monkeypatch):
     until(lambda: not ray_session.pids_of("tls_relay"))
 
 
+def test_what_is_reserved_is_given_back_whoever_reserved_it(ray_session, monkeypatch):
+    with_token_of(ray_session, monkeypatch)
+
+    async def lose_both(started):
+        async with Served(started.handle(placement=WHOLE_NODE)) as instance:
+            os.kill(started.control_pid, signal.SIGKILL)
+            await instance.until(lambda: started.session._control.is_gone)
+            os.kill(instance.handle.pid, signal.SIGKILL)
+            await instance.until(
+                lambda: any(isinstance(report, Failed) for report in instance.reports)
+            )
+
+    async def serve():
+        async with Served(ray_session.handle(placement=WHOLE_NODE)):
+            pass
+
+    started = Started(ray_session.runner, address=ray_session.facts.address)
+    started.run(lose_both(started))
+    started.run(lose_both(started))  # in the room that the first one had
+    started.stop()
+    ray_session.run(serve())
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [
@@ -348,14 +386,16 @@ def test_an_address_that_is_none_is_the_users_mistake(ray_session, address, word
         Started(ray_session.runner, address=address)
 
 
-def test_a_cluster_that_refuses_us_is_named(ray_session, monkeypatch):
+def test_a_cluster_that_refuses_us_is_named(ray_session, monkeypatch, caplog):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     monkeypatch.setenv("RAY_py_gcs_connect_timeout_s", "1")
     with pytest.raises(UserError, match="refuses us: its token is another") as error:
         Started(ray_session.runner, address=ray_session.facts.address)
     assert "RAY_AUTH_TOKEN_PATH" in error.value.remedy
+    assert "instances that are up" not in caplog.text, "there are none"
 
 
-def test_that_a_cluster_asks_for_a_token_is_tried(ray_session):
+def test_that_a_cluster_asks_for_a_token_is_tried_without_a_word(ray_session, capfd):
     assert asks_for_a_token(ray_session.facts.address)
+    assert capfd.readouterr() == ("", "")

@@ -11,6 +11,7 @@ import importlib
 import os
 import socket
 import sys
+import threading
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import msgspec
@@ -24,12 +25,21 @@ from serving.version import version
 if TYPE_CHECKING:
     from serving.instance import Build
 
+_SERVE_S = 60.0  # from when there is an actor to the word that it is to serve
+
 
 class InstanceActor:
     """One incarnation."""
 
+    def __init__(self) -> None:
+        # Who made it may be gone before it says what for, and Ray with it: nobody would end it.
+        self._forgotten = threading.Timer(_SERVE_S, os._exit, (1,))
+        self._forgotten.daemon = True
+        self._forgotten.start()
+
     def serve(self, dial: bytes) -> NoReturn:
         """Be an instance until the connection ends, and end the process then."""
+        self._forgotten.cancel()
         ignore_signals()
         try:
             where = decode_dial(dial)

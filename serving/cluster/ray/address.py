@@ -41,6 +41,7 @@ def asks_for_a_token(address: str) -> bool:
     done = subprocess.run(  # noqa: S603 (our own program)
         [sys.executable, "-P", *_STRANGER, address],
         env={**ours, "RAY_AUTH_MODE": "disabled", CONNECT_LIMIT[0]: CONNECT_LIMIT[1]},
+        stderr=subprocess.DEVNULL,
         timeout=_STRANGER_S,
         check=False,
     )

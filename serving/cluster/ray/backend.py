@@ -1,63 +1,60 @@
 """The Ray control process: `python -P -m serving.cluster.ray.backend --fd N`.
 
-It alone imports ray. It opens a session or joins a cluster, makes actors and removes them, and says
-when one has ended. It sees no request and no token. The API process may lose it and go on; when it
-loses the API process, it takes down all that it placed, and of a session of its own everything.
+It imports ray, as `opening` does for it and no other file. It makes actors and removes them, and
+says when one has ended. It sees no request and no token. The API process may lose it and go on; if
+it loses the API process, it takes down all that it placed, and of a session of its own everything.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import queue
-import secrets
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from serving.cluster.hosts.frames import FrameConnection
 from serving.cluster.hosts.process_session import end_session
 from serving.cluster.placement import Placement
 from serving.cluster.ray import messages, room
 from serving.cluster.ray.actor import InstanceActor
-from serving.cluster.ray.address import (
-    CONNECT_LIMIT,
-    CONNECT_S,
-    REFUSED,
-    asks_for_a_token,
-    checked_address,
-)
-from serving.cluster.ray.environment import OF_OUR_SESSION, forget_other_clusters
 from serving.cluster.ray.messages import (
     CannotOpen,
     ControlReport,
     Ended,
+    Keep,
     Open,
-    Opened,
     Place,
     Placed,
     Remove,
 )
+from serving.cluster.ray.opening import (
+    NAMESPACE,
+    be_a_stranger,
+    ended_of,
+    joined,
+    line,
+    own_session,
+)
 from serving.cluster.ray.session_folder import clear, messages_file, ray_folder
 from serving.errors import UserError
-from serving.listener import is_loopback
 
-_NAMESPACE = "hocket"
-_LOOPBACK = "127.0.0.1"
-_OLDEST_RAY = (2, 52)  # the first that knows tokens
-_OBJECT_STORE_BYTES = 80 << 20  # about the least that Ray takes: nothing is ever put there
+_Made = TypeVar("_Made")
+
 _HEAD_POLL_S = 0.2
 _NEVER_FITS_S = 5.0  # for a node that fits to join a cluster
 _ROOM_S = 30.0  # for what holds the room to let go of it
+_HOLD_S = 2.0  # for a session that has just begun to reserve what is held
 _WORKER_S = 120.0  # for Ray to start the process, where there is room
 _GOODBYE_S = 3.0  # for a cluster to take back what it lent
-_MAX_WORDS_CHARS = 400
 
 
 def main() -> NoReturn:
@@ -69,7 +66,7 @@ def main() -> NoReturn:
     kind.add_argument("--stranger-at", help="a cluster; exit with 3 if it asks for a token")
     arguments = parser.parse_args()
     if arguments.stranger_at is not None:
-        _be_a_stranger(arguments.stranger_at)
+        be_a_stranger(arguments.stranger_at)
     # Ray has the workers import what lies where its driver stands, before our own code: stand where
     # nobody else can put anything, on whatever machine.
     os.chdir("/")
@@ -101,18 +98,20 @@ class _Backend:
     """One session of Ray's, from its beginning to its end."""
 
     def __init__(self, order: Open, connection: FrameConnection) -> None:
-        self.orders: queue.SimpleQueue[Place | Remove] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[Place | Keep | Remove] = queue.SimpleQueue()
         self._order = order
         self._is_ours = order.address is None
         self._connection = connection
         self._sending = threading.Lock()
-        self._placed: dict[str, None] = {}  # the names of what may be there
+        self._kept: set[str] = set()  # names of ours that may be there
+        self._making = threading.Lock()
+        self._is_open = False
         self._is_leaving = False
 
     def run(self) -> NoReturn:
         """Be the session, on the main thread: the head's processes end with the one that forks."""
         try:
-            head, opened = _own_session(self._order) if self._is_ours else _joined(self._order)
+            head, opened = own_session(self._order) if self._is_ours else joined(self._order)
         except UserError as error:
             self._say(CannotOpen(cause=error.cause, remedy=error.remedy))
             os._exit(1)
@@ -121,14 +120,15 @@ class _Backend:
             remedy = f"its logs may say why: {logs}"
             if not self._is_ours:
                 remedy = "see that the cluster is up, and that its address and token are right"
-            self._say(CannotOpen(cause=f"Ray does not start: {_line(error)}", remedy=remedy))
+            self._say(CannotOpen(cause=f"Ray does not start: {line(error)}", remedy=remedy))
             os._exit(1)
+        self._is_open = True
         _quieten(Path(self._order.folder))
         self._say(opened)
         while True:
             with contextlib.suppress(queue.Empty):
                 self._obey(self.orders.get(timeout=_HEAD_POLL_S))
-            gone = _ended_of(head)
+            gone = ended_of(head)
             if gone is not None and not self._is_leaving:  # else we have ended it ourselves
                 _print(f"Ray's {gone} has ended")
                 os._exit(1)  # the instances go on; the next session is another process's
@@ -139,19 +139,30 @@ class _Backend:
         if self._is_ours:
             end_session(os.getpid(), keep=[os.getpid()])
             clear(Path(self._order.folder))
-        else:
-            removing = threading.Thread(target=self._remove_all, daemon=True)
+        elif self._is_open:  # else nothing is placed, and Ray would start one of its own to look
+            removing = threading.Thread(target=self._remove_all_but, args=((),), daemon=True)
             removing.start()
             removing.join(_GOODBYE_S)
         os._exit(0)
 
-    def _obey(self, order: Place | Remove) -> None:
+    def _obey(self, order: Place | Keep | Remove) -> None:
         # Each on a thread of its own: Ray may hang, and an actor's thread waits for its end.
-        if isinstance(order, Place):
-            self._placed[order.name] = None
-            threading.Thread(target=self._keep, args=(order,), daemon=True).start()
-        else:
-            threading.Thread(target=self._remove, args=(order.name,), daemon=True).start()
+        match order:
+            case Place():
+                self._kept.add(order.name)
+                self._begin(self._keep, order)
+            case Keep():
+                self._kept.update(order.placements)
+                if self._is_ours:
+                    _hold(order.placements)  # before anything else is placed
+                else:
+                    self._begin(self._remove_all_but, self._kept)
+            case Remove():
+                self._begin(self._remove, order.name)
+
+    @staticmethod
+    def _begin(what: Callable[[Any], None], argument: Any) -> None:
+        threading.Thread(target=what, args=(argument,), daemon=True).start()
 
     def _say(self, report: ControlReport) -> None:
         with self._sending, contextlib.suppress(OSError):  # it is gone: whoever reads ends us
@@ -168,7 +179,7 @@ class _Backend:
         except UserError as error:
             ended = Ended(name=name, cause=error.cause, remedy=error.remedy)
         except Exception as error:  # noqa: BLE001 (an actor's end is an error of one kind or other)
-            ended = Ended(name=name, cause=f"Ray: {_line(error)}")
+            ended = Ended(name=name, cause=f"Ray: {line(error)}")
         self._say(ended)
         self._remove(name)
 
@@ -177,146 +188,100 @@ class _Backend:
 
         placement = order.placement
         _await_a_fit(placement, 0.0 if self._is_ours else _NEVER_FITS_S)
-        options: dict[str, Any] = {
-            "name": order.name,
-            "namespace": _NAMESPACE,
-            # So that it outlives this process; its connection is its life.
-            "lifetime": "detached",
-            "max_restarts": 0,
-            **room.options(placement),
-        }
-        if placement.num_devices > 1:
-            options["scheduling_strategy"] = _reserved(order)
-        actor = ray.remote(InstanceActor).options(**options).remote()
+        group = None
+        if placement.num_devices > 1 and room.bundle(placement):
+            group = self._made(lambda: _group(order.name, placement))
+        actor = self._made(lambda: _actor(order, group))
         self._say(Placed(name=order.name))
         up = actor.__ray_ready__.remote()
-        if not ray.wait([up], timeout=_ROOM_S)[0] and not _has_room(placement):
+        if not ray.wait([up], timeout=_ROOM_S)[0] and not _has_room(placement, group):
             raise _no_node(placement, "free")
         ray.get(up, timeout=_WORKER_S)
         ray.get(actor.serve.remote(order.dial))
+
+    def _made(self, make: Callable[[], _Made]) -> _Made:
+        """Make what is to be placed, unless `leave` would miss it."""
+        with self._making:
+            if self._is_leaving:
+                raise UserError("the server ends", "")
+            return make()
 
     def _remove(self, name: str) -> None:
         import ray
         from ray.util import get_placement_group, remove_placement_group
 
-        self._placed.pop(name, None)
         with contextlib.suppress(Exception):  # there is none (any more), or Ray is not well
-            ray.kill(ray.get_actor(name, _NAMESPACE))
+            ray.kill(ray.get_actor(name, NAMESPACE))
         with contextlib.suppress(Exception):
             remove_placement_group(get_placement_group(name))
+        self._kept.discard(name)
 
-    def _remove_all(self) -> None:
-        for name in list(self._placed):
-            self._remove(name)
+    def _remove_all_but(self, kept: Container[str]) -> None:
+        """Leave nothing of the server's, whichever of its control processes has placed it.
+
+        What another thread is removing just now is removed here too: that may not come to its end.
+        """
+        with self._making:
+            for name in _names(self._order.prefix):
+                if name not in kept:
+                    self._remove(name)
 
 
-# --- sessions ---
+def _names(prefix: str) -> set[str]:
+    """Return the names in the cluster that begin so, of actors and of what is reserved for them."""
+    from ray.util import list_named_actors, placement_group_table
+
+    names: set[str] = set()
+    with contextlib.suppress(Exception):  # Ray is not well
+        names.update(list_named_actors())
+    with contextlib.suppress(Exception):
+        groups = placement_group_table().values()
+        names.update(group["name"] for group in groups if group["state"] != "REMOVED")
+    return {name for name in names if name.startswith(prefix)}
 
 
-def _own_session(order: Open) -> tuple[Any, Opened]:
-    """Start what Ray needs on this machine, for us alone: nobody else can reach it."""
-    folder = Path(order.folder)
-    forget_other_clusters()
-    token = folder / f"{order.name}.token"
-    with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
-    os.environ.update(OF_OUR_SESSION, RAY_AUTH_TOKEN_PATH=str(token))
+def _actor(order: Place, group: Any) -> Any:
+    """Have an actor made, in the first bundle of its group if it has one; it may wait for room."""
     import ray
-    from ray._private import ray_constants, services
-    from ray._private.node import Node
-    from ray._private.parameter import RayParams
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    _check_version(ray.__version__)
-    # Else 127.0.0.1 is taken for this machine's address, and all its processes listen to everyone.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    # `ray.init` would start as much again that nobody asks: an autoscaler's monitor, a relay of
-    # logs, a dashboard without pages, each a Python process of 80 to 100 MB (4.4 s against 2.5 s).
-    services.start_api_server = lambda *_, **__: ("", None)
-    params = RayParams(
-        node_ip_address=_LOOPBACK,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        include_log_monitor=False,
-        no_monitor=True,
-        min_worker_port=0,
-        max_worker_port=0,
-        temp_dir=str(ray_folder(folder)),  # which Ray opens to everyone: it lies in ours
-        session_name=order.name,
-    )
-    head = Node(params, head=True, shutdown_at_exit=False, ray_init_cluster=True)
-    address = head.address_info["gcs_address"]
-    ray.init(address, namespace=_NAMESPACE, log_to_driver=False, configure_logging=False)
-    return head, Opened(address=address, logs=head.get_logs_dir_path(), version=ray.__version__)
-
-
-def _joined(order: Open) -> tuple[None, Opened]:
-    """Join a cluster that others keep, with the token that the user's environment names."""
-    assert order.address is not None
-    address = checked_address(order.address)
-    os.environ.setdefault(*CONNECT_LIMIT)
-    import ray
-    from ray._private import ray_constants
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is of native code
-
-    _check_version(ray.__version__)
-    if is_loopback(address.rpartition(":")[0]):  # else it is taken for this machine's address
-        ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        if address != "auto":
-            GcsClient(address=address)  # `ray.init` would try a wrong token for 20 s
-        ray.init(address, namespace=_NAMESPACE, log_to_driver=False, configure_logging=False)
-    except ray.exceptions.AuthenticationError as error:
-        raise UserError(
-            f"the cluster at {address} refuses us: its token is another, or there is none here",
-            "name the cluster's token in RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token",
-        ) from error
-    except ConnectionError as error:
-        raise UserError(
-            f"no Ray cluster at {address}: {_line(error)}", "see that its head is up"
-        ) from error
-    at = str(ray.get_runtime_context().gcs_address)
-    if not is_loopback(at.rpartition(":")[0]) and not asks_for_a_token(at):
-        raise UserError(
-            f"the cluster at {at} asks nobody for a token: who reaches it may run what they like",
-            "start every node of it with RAY_AUTH_MODE=token and the same token",
+    options: dict[str, Any] = {
+        "name": order.name,
+        "namespace": NAMESPACE,
+        # So that it outlives this process; its connection is its life.
+        "lifetime": "detached",
+        "max_restarts": 0,
+        **room.options(order.placement),
+    }
+    if group is not None:
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=0
         )
-    return None, Opened(
-        address=at,
-        logs=ray._private.worker._global_node.get_logs_dir_path(),
-        version=ray.__version__,
-        node_host=ray.util.get_node_ip_address(),
-        num_nodes=sum(node["Alive"] for node in ray.nodes()),
+    return ray.remote(InstanceActor).options(**options).remote()
+
+
+def _hold(placements: Mapping[str, Placement]) -> None:
+    """Reserve what instances have that are older than this session, until they are removed."""
+    for name, placement in placements.items():
+        # Of memory, a new session counts what is free.
+        held = dataclasses.replace(placement, memory_bytes=0)
+        if room.bundle(held):
+            with contextlib.suppress(Exception):  # Ray is not well
+                _group(name, held).wait(_HOLD_S)
+
+
+def _group(name: str, placement: Placement) -> Any:
+    """Have room reserved for all devices on one node, as soon as a node has it."""
+    from ray.util import placement_group
+
+    bundles = [room.bundle(placement) for _ in range(placement.num_devices)]
+    return placement_group(
+        bundles,
+        strategy="STRICT_PACK",
+        name=name,
+        lifetime="detached",
+        bundle_label_selector=[dict(placement.labels)] * len(bundles) if placement.labels else None,
     )
-
-
-def _be_a_stranger(address: str) -> NoReturn:
-    """Ask the cluster for its nodes without a token; exit with what came of it."""
-    import ray
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is of native code
-
-    try:
-        GcsClient(address=address).get_all_node_info(timeout=CONNECT_S)
-    except ray.exceptions.AuthenticationError:
-        os._exit(REFUSED)
-    except Exception as error:  # noqa: BLE001 (whatever it was, it was no refusal)
-        _print(f"whether the cluster asks for a token: {_line(error)}")
-    os._exit(1)
-
-
-def _check_version(version: str) -> None:
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_RAY:
-        raise UserError(
-            f"Ray {version} cannot keep strangers out",
-            "install ray 2.52 or newer, which knows tokens",
-        )
-
-
-def _ended_of(head: Any) -> str | None:
-    """Return which process of the head has ended, if one has."""
-    for kind, infos in ({} if head is None else head.all_processes).items():
-        if any(info.process.poll() is not None for info in infos):
-            return str(kind)
-    return None
 
 
 # --- room ---
@@ -337,10 +302,13 @@ def _await_a_fit(placement: Placement, limit_s: float) -> None:
         time.sleep(_HEAD_POLL_S)
 
 
-def _has_room(placement: Placement) -> bool:
-    """Whether a node has what it asks for now, so that room is not what it waits for."""
+def _has_room(placement: Placement, group: Any) -> bool:
+    """Whether it has what it asks for, or a node does, so that room is not what it waits for."""
     import ray
+    from ray.util import placement_group_table
 
+    if group is not None:
+        return bool(placement_group_table(group).get("state") == "CREATED")
     return room.fits(placement, _nodes(), ray._private.state.available_resources_per_node())
 
 
@@ -350,31 +318,7 @@ def _no_node(placement: Placement, when: str) -> UserError:
     )
 
 
-def _reserved(order: Place) -> Any:
-    """Reserve room for all devices on one node; the actor has the first of the bundles."""
-    from ray.util import placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    placement = order.placement
-    bundles = [room.bundle(placement) for _ in range(placement.num_devices)]
-    group = placement_group(
-        bundles,
-        strategy="STRICT_PACK",
-        name=order.name,
-        lifetime="detached",
-        bundle_label_selector=[dict(placement.labels)] * len(bundles) if placement.labels else None,
-    )
-    if not group.wait(_ROOM_S):
-        raise _no_node(placement, "free")
-    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-
-
 # --- words ---
-
-
-def _line(error: Exception) -> str:
-    """Return an error of Ray's, which may be a page, as a line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_WORDS_CHARS]
 
 
 def _quieten(folder: Path) -> None:

@@ -27,6 +27,7 @@ from serving.cluster.ray.messages import (
     ControlCommand,
     ControlReport,
     Ended,
+    Keep,
     Open,
     Opened,
     Place,
@@ -71,6 +72,7 @@ class RayControl:
         self._transports: list[asyncio.BaseTransport] = []
         self._connection: asyncio.WriteTransport | None = None
         self._opened: asyncio.Future[Opened] | None = None
+        self._was_open = False
         self._placings: dict[str, Placing] = {}
         self._burying: asyncio.Task[None] | None = None
         # Pids of instances that live, whatever becomes of the session.
@@ -103,6 +105,10 @@ class RayControl:
                 f"Ray has not started within {_OPEN_S:g} s",
                 "see what it printed above, and its logs",
             ) from None
+
+    def keep(self, placements: dict[str, Placement]) -> None:
+        """Have nothing left of what earlier control processes have placed, but for these."""
+        self._send(Keep(placements=placements))
 
     def place(self, name: str, placement: Placement, dial: bytes) -> Placing:
         """Have an actor made."""
@@ -153,6 +159,7 @@ class RayControl:
         match report:
             case Opened():
                 if not self._opened.done():
+                    self._was_open = True
                     self._opened.set_result(report)
             case CannotOpen(cause=cause, remedy=remedy):
                 if not self._opened.done():
@@ -172,7 +179,7 @@ class RayControl:
 
     def _lose(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._opened is not None and self._opened.done():
+        if self._was_open:
             log.warning("Ray's control process has ended; instances that are up go on")
         self._burying = loop.create_task(self._bury(_LOST_S, self.kept()))
         if self._opened is not None and not self._opened.done():

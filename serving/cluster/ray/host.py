@@ -19,7 +19,7 @@ from serving.cluster.hosts import wire
 from serving.cluster.hosts.exit_watch import ExitWatch
 from serving.cluster.hosts.frames import frame
 from serving.cluster.placement import Placement
-from serving.cluster.ray.control import Placing, RayControl
+from serving.cluster.ray.control import RayControl
 from serving.cluster.ray.messages import Dial, encode
 from serving.cluster.ray.reception import Call, Expected, Reception
 from serving.errors import UserError
@@ -47,16 +47,19 @@ class RayHost:
         config: EngineConfig,
         placement: Placement,
         session: Callable[[], Awaitable[Started]],
+        remove: Callable[[str], None],
     ) -> None:
-        """`dial` makes the address of a name and its secret; `session` starts one if need be."""
+        """`dial` makes the address of a name and its secret; `session` starts one if need be;
+        `remove` has nothing left of a name, by whichever control process there is then.
+        """
         self.name = name
         self._dial = dial
         self._config = config
-        self._placement = placement
+        self.placement = placement
         self._session = session
-        self._control: RayControl | None = None
-        self._placing: Placing | None = None
+        self._remove = remove
         self._calls: list[Call] = []
+        self._is_closed = False
         self._exit: ExitWatch | None = None
 
     @property
@@ -66,6 +69,11 @@ class RayHost:
     @property
     def node(self) -> str | None:
         return self._calls[0].node if self._calls else None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its process has called in, and nobody has given it up."""
+        return bool(self._calls) and not self._is_closed
 
     @property
     def local_pid(self) -> int | None:
@@ -79,10 +87,9 @@ class RayHost:
         on_exit: Callable[[], None],
     ) -> asyncio.WriteTransport:
         session = await self._session()
-        self._control = session.control
         expected = session.reception.expect(self.name)
         try:
-            output, commands = await self._called(expected)
+            output, commands = await self._called(session.control, expected)
         except BaseException:
             expected.close()
             raise
@@ -97,17 +104,16 @@ class RayHost:
         commands.transport.write(frame(wire.encode(Begin(self._config))))
         return commands.transport
 
-    async def _called(self, expected: Expected) -> list[Call]:
+    async def _called(self, control: RayControl, expected: Expected) -> list[Call]:
         """Have it placed, and wait for its two calls. Raises UserError."""
-        assert self._control is not None
         dial = encode(self._dial(expected.name, expected.secret))
-        placing = self._placing = self._control.place(self.name, self._placement, dial)
+        placing = control.place(self.name, self.placement, dial)
         calls = asyncio.ensure_future(expected.all_calls())
         try:
             waited: set[asyncio.Future[Any]] = {placing.registered, placing.ended, calls}
             await asyncio.wait(waited, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
             if not any(future.done() for future in waited):
-                self._control.discard()
+                control.discard()
                 raise UserError(
                     f"Ray has not answered for {_ANSWER_S:g} s", "see whether its head is up"
                 )
@@ -157,8 +163,5 @@ class RayHost:
             self._exit.close()
         for call in self._calls:
             call.transport.abort()
-        self._remove()
-
-    def _remove(self) -> None:
-        if self._control is not None:
-            self._control.remove(self.name)
+        self._is_closed = True
+        self._remove(self.name)

@@ -24,6 +24,13 @@ class Open(_Message, frozen=True, kw_only=True):
     address: str | None
     folder: str  # private, of the API process; the session's files and logs are in it
     name: str  # of the session; with a folder inside of that name, if it is our own
+    prefix: str  # of the names of all that the server places
+
+
+class Keep(_Message, frozen=True, kw_only=True):
+    """Of what control processes before this one have placed, these live, and nothing else is to."""
+
+    placements: dict[str, Placement]  # by name
 
 
 class Place(_Message, frozen=True, kw_only=True):
@@ -40,7 +47,7 @@ class Remove(_Message, frozen=True, kw_only=True):
     name: str
 
 
-ControlCommand = Open | Place | Remove
+ControlCommand = Open | Keep | Place | Remove
 
 
 # --- from the Ray control process to the API process ---

@@ -7,6 +7,7 @@ go on, and the next start of one makes another.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 import weakref
@@ -32,6 +33,8 @@ from serving.listener import is_loopback
 if TYPE_CHECKING:
     from serving.cluster.ray.certificates import Authority
 
+_GIVE_BACK_S = 10.0  # for a cluster to be joined, only to remove what is reserved there
+
 
 @dataclass(frozen=True)
 class RayFacts:
@@ -50,7 +53,7 @@ class RaySession:
         """None: a session of our own on this machine. Else `host` is where instances call in."""
         self._address = address
         self._host = host
-        self._id = secrets.token_hex(4)
+        self._prefix = f"hocket-{secrets.token_hex(4)}-"  # of the names of all that is placed
         self._folder: Path | None = None
         self._numbers = itertools.count(1)
         self._reception = Reception()
@@ -59,6 +62,7 @@ class RaySession:
         self._opening: asyncio.Future[Opened] | None = None
         self._hosts: weakref.WeakSet[RayHost] = weakref.WeakSet()
         self._went_well = True
+        self._has_reserved = False  # what outlives an instance in a cluster, until it is removed
         self._authority: Authority | None = None  # of the calls of a joined cluster
         self._called_at = ("", 0)
 
@@ -68,7 +72,12 @@ class RaySession:
             try:
                 self._folder = self._folder or make_folder()
                 name = f"s{next(self._numbers)}"
-                order = Open(address=self._address, folder=str(self._folder), name=name)
+                order = Open(
+                    address=self._address,
+                    folder=str(self._folder),
+                    name=name,
+                    prefix=self._prefix,
+                )
                 self._control = RayControl(order)
             except OSError as error:
                 raise UserError(
@@ -99,12 +108,13 @@ class RaySession:
         build: str = "",
     ) -> InstanceHandle:
         """Return the handle of a new incarnation. `build` is for tests; see `Dial`."""
-        name = f"hocket-{self._id}-{instance_id}-{next(self._numbers)}"
+        name = f"{self._prefix}{instance_id}-{next(self._numbers)}"
 
         def dial(name: str, secret: str) -> Dial:
             return self._dial(name, secret, build)
 
-        host = RayHost(dial, name, config, placement, self._started)
+        self._has_reserved = self._has_reserved or placement.num_devices > 1
+        host = RayHost(dial, name, config, placement, self._started, self._remove)
         self._hosts.add(host)
         return ProcessHandle(
             instance_id,
@@ -116,6 +126,7 @@ class RaySession:
 
     async def stop(self) -> None:
         """End the session, and with one of our own all that is left of it."""
+        await self._give_back()
         self._reception.close()
         if self._opening is not None:
             self._opening.cancel()
@@ -154,6 +165,7 @@ class RaySession:
     async def _open_both(self, control: RayControl) -> Opened:
         """Raises UserError."""
         opened = await control.open()
+        control.keep({host.name: host.placement for host in self._hosts if host.is_there})
         if self._reception.is_open:
             return opened
         assert self._folder is not None
@@ -191,6 +203,17 @@ class RaySession:
             control.discard()
             self._retired.append(control)
             self._control, self._opening = None, None
+
+    async def _give_back(self) -> None:
+        """Have another control process remove what is reserved, if that which would is lost."""
+        is_lost = self._control is None or self._control.is_lost
+        if is_lost and self._has_reserved and self._address is not None:
+            with contextlib.suppress(UserError, TimeoutError):
+                await asyncio.wait_for(self._open(), _GIVE_BACK_S)
+
+    def _remove(self, name: str) -> None:
+        if self._control is not None:  # else the next one does, which is told what to keep
+            self._control.remove(name)
 
     def _dial(self, name: str, secret: str, build: str) -> Dial:
         if self._authority is None:
