@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import socket
 import threading
 from urllib.parse import urlsplit
@@ -67,6 +68,9 @@ def test_what_cannot_be_accepted_is_a_line_a_second(caplog):
 
 
 def test_an_end_at_once_hangs_up_and_is_nobodys_fault(caplog):
+    for name in ("uvicorn.error", "uvicorn.access"):  # which uvicorn sets for good
+        caplog.set_level(logging.ERROR, name)
+
     async def answer_until_nobody_reads(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"a", "more_body": True})
