@@ -8,6 +8,7 @@ from enum import StrEnum
 from scheduler.load import InstanceView
 from scheduler.types import InstanceId, RejectReason, RequestId, RequestSpec
 
+# Tokens on one instance of which the scheduler is told, after the first; see `suspicion`.
 PROGRESS_MARKS = frozenset((2, 4, 8, 16, 32, 64))
 
 

@@ -28,11 +28,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from scheduler.cluster.events import PROGRESS_MARKS
 from scheduler.types import RequestSpec
 
 MAX_STRIKES = 2  # deaths without a token that were not outlived
 MAX_LOSSES = 5  # deaths that were not outlived
-SETTLED_TOKENS = 64  # on one instance: that will hardly be its death
+SETTLED_TOKENS = max(PROGRESS_MARKS)  # on one instance: that will hardly be its death
 TRIAL_DEATHS = 2  # one may be chance: instances are killed from outside, too
 QUARANTINE_S = 600.0  # clients retry what failed, and so would it
 CHANCE_S = 60.0  # that a death which nobody was to blame for counts in favour of everybody

@@ -191,7 +191,7 @@ class Trials:
         return request.num_losses > 0 or ledger.trial == request.request_id
 
     def _is_clean(self, ledger: Ledger) -> bool:
-        """Whether nobody there was at two deaths, as a death there shall tell of one alone."""
+        """Whether nobody there has two deaths to outlive, as one there shall tell of one alone."""
         there = owned(self._requests, ledger)
         return not any(self._suspicion.is_repeated(one.fingerprint) for one in there)
 
