@@ -9,12 +9,11 @@ import asyncio
 import logging
 import resource
 import secrets
-import sys
 from typing import Any, ClassVar
 
-import h11
 import msgspec
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from httptools import HttpParserError, HttpParserUpgrade
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving.errors import (
     HeadersTooLarge,
@@ -27,7 +26,7 @@ from serving.errors import (
 
 log = logging.getLogger(__name__)
 
-# Of one head while it is incomplete; the application checks those that come in one piece.
+# Of one head, or of what else is no body: trailers, and what is said of chunks.
 MAX_HEAD_BYTES = 64 << 10
 # Of what a client sends on while it waits for an answer: its next requests, or nothing of sense.
 MAX_AHEAD_BYTES = 64 << 10
@@ -41,12 +40,8 @@ ACCEPTS_AT_ONCE = 8
 _RESERVED_FILES = 128
 _FEWEST_CONNECTIONS = 16
 
-_REASONS = {
-    400: b"Bad Request",
-    408: b"Request Timeout",
-    431: b"Request Header Fields Too Large",
-    503: b"Service Unavailable",
-}
+_BLANK_LINE = b"\r\n\r\n"
+_PIECE_BYTES = 16 << 10  # for the parser at a time, of what is no body of a known length
 
 
 def raise_file_limit() -> None:
@@ -87,10 +82,12 @@ def _room(max_connections: int) -> int:
     return min(max_connections, soft - _RESERVED_FILES)
 
 
-class Connection(H11Protocol):
+class Connection(HttpToolsProtocol):
     """Whoever connects must send a whole head within a time: the first, and each after it began.
 
-    uvicorn bounds only the time between two requests.
+    uvicorn bounds the time between two requests, but no head and not what is sent ahead. Here the
+    parser is fed one request at a time: what a client sends on while it waits for an answer is
+    kept as it came, and that it hangs up is noticed all the time.
     """
 
     head_timeout_s: ClassVar[float] = 10.0
@@ -99,6 +96,12 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._is_in_head = True  # of the first or the next request, or before it
+        self._ahead = b""
+        self._fed_last = b""  # the end of a head may come in two pieces
+        self._num_body_bytes_left = 0  # if their number was declared
+        self._is_body_parsed = True
+        self._num_other_bytes = 0  # since there was some body, or a request was whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -108,46 +111,107 @@ class Connection(H11Protocol):
             self._time_head()
 
     def data_received(self, data: bytes) -> None:
-        if self.conn.their_state is h11.MUST_CLOSE:  # it said that its request was the last
+        self._unset_keepalive_if_required()
+        data = self._ahead + data if self._ahead else data
+        self._ahead = b""
+        while data and not (self._is_answering() or self.transport.is_closing()):
+            end = self._end_of_piece(data)
+            self._take(data[:end])
+            data = data[end:]
+        if self.transport.is_closing():
             return
-        super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
-            self._time_head()
-        else:
-            self._stop_timing()
-
-    def handle_events(self) -> None:
-        """A hook of uvicorn, for what has come: listen to who waits for an answer all the time.
-
-        uvicorn reads no more while something lies behind a whole request, even a line end; then
-        asyncio does not notice that the client hangs up, and its answer is computed for nobody.
-        """
-        super().handle_events()
-        if self.flow.read_paused and self._is_answering():
-            if len(self.conn.trailing_data[0]) > MAX_AHEAD_BYTES:
+        if self._is_answering():
+            self._ahead = data
+            if len(data) > MAX_AHEAD_BYTES:
                 self.transport.abort()
-            else:
-                self.flow.resume_reading()
+        elif self._is_in_head:
+            self._time_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timing()
+        self._ahead = b""
         super().connection_lost(exc)
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        """Uvicorn calls this from where it caught h11's error."""
-        error = sys.exception()
-        hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        if hint == HeadersTooLarge.status:
-            self._refuse(HeadersTooLarge(f"the head must not exceed {MAX_HEAD_BYTES} bytes"))
+    # --- one request at a time ---
+
+    def _end_of_piece(self, data: bytes) -> int:
+        """Return how much to take: no request ends within it, unless at its end."""
+        if self._num_body_bytes_left:
+            self._fed_last = b""
+            return min(self._num_body_bytes_left, len(data))
+        seam = self._fed_last + data[:_PIECE_BYTES]
+        at = seam.find(_BLANK_LINE)  # behind heads, and behind bodies that come in chunks
+        end = len(seam) if at < 0 else at + len(_BLANK_LINE)
+        self._fed_last, num_before = seam[max(0, end - 3) : end], len(self._fed_last)
+        return end - num_before
+
+    def _take(self, piece: bytes) -> None:
+        if self._num_body_bytes_left:
+            self._num_body_bytes_left -= len(piece)
         else:
-            self._refuse(InvalidRequest("this is not a valid HTTP request"))
+            self._num_other_bytes += len(piece)
+        if self._num_other_bytes > MAX_HEAD_BYTES:
+            self._refuse(HeadersTooLarge(f"the head must not exceed {MAX_HEAD_BYTES} bytes"))
+        elif self._is_body_parsed:
+            try:
+                self.parser.feed_data(piece)
+            except HttpParserUpgrade:
+                pass  # to nothing: it is answered as if it had not asked
+            except HttpParserError:
+                self._refuse(InvalidRequest("this is not a valid HTTP request"))
+        else:
+            self.on_body(piece)
+            if not self._num_body_bytes_left:
+                self._is_body_parsed = True
+                self.on_message_complete()
+
+    # --- events of the parser, hooks of uvicorn; what they raise is no valid request ---
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:  # else it is a trailer, which nobody reads
+            super().on_header(name, value.strip(b" \t"))
+
+    def on_headers_complete(self) -> None:
+        headers = dict(self.headers)
+        num_hosts = sum(name == b"host" for name, _ in self.headers)
+        if num_hosts > 1 or (not num_hosts and self.parser.get_http_version() == "1.1"):
+            raise ValueError("not one Host")
+        if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+            raise ValueError("a coding that nobody decodes")
+        self._num_body_bytes_left = int(headers.get(b"content-length", 0))
+        if self.parser.should_upgrade():
+            # The parser takes what follows for another protocol, but it is the body.
+            self._is_body_parsed = not self._num_body_bytes_left
+            if b"transfer-encoding" in headers:
+                raise ValueError("a request to upgrade, with a body in chunks")
+        self._is_in_head = False
+        self._stop_timing()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_other_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._is_body_parsed:
+            self._is_in_head, self._num_other_bytes = True, 0
+            super().on_message_complete()
+            self.flow.resume_reading()  # however large the body was: else a hang-up is not seen
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._ahead and not self.transport.is_closing():
+            self.data_received(b"")
 
     def _should_upgrade(self) -> bool:
-        return False  # to nothing, and without uvicorn's lines in the log for each who asks
+        return False
 
     def _is_answering(self) -> bool:
         """Whether the last request has come whole, and its answer has not gone."""
-        return not self.cycle.more_body and not self.cycle.response_complete
+        cycle = self.cycle
+        return cycle is not None and not (cycle.more_body or cycle.response_complete)
+
+    # --- bounds ---
 
     def _time_head(self) -> None:
         if self._head_timer is None:
@@ -160,7 +224,7 @@ class Connection(H11Protocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        if self.conn.trailing_data[0]:
+        if self._num_other_bytes:
             self._refuse(
                 RequestTimedOut(f"the head did not arrive within {self.head_timeout_s:g} s")
             )
@@ -170,11 +234,14 @@ class Connection(H11Protocol):
     def _refuse(self, error: RequestError) -> None:
         """Answer and close; where an answer has begun, only close."""
         cycle: Any = self.cycle  # none before the first request
-        if cycle is not None and not cycle.response_complete:
+        if cycle is None or cycle.response_complete:
+            may_answer = self._is_in_head  # else what is wrong is the rest of one that is answered
+        else:
+            may_answer = not cycle.response_started
             # What is being answered came before what is wrong: nobody will read it any more.
             cycle.disconnected = True
             cycle.message_event.set()
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        if may_answer:
             body = msgspec.json.encode(error.body())
             headers = error.headers() | {
                 "x-request-id": secrets.token_hex(16),
@@ -182,13 +249,8 @@ class Connection(H11Protocol):
                 "content-length": str(len(body)),
                 "connection": "close",
             }
-            head = h11.Response(
-                status_code=error.status,
-                headers=list(headers.items()),
-                reason=_REASONS[error.status],
-            )
-            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            lines = [f"{name}: {value}\r\n".encode() for name, value in headers.items()]
+            self.transport.write(STATUS_LINE[error.status] + b"".join(lines) + b"\r\n" + body)
         self.transport.close()
 
 

@@ -17,7 +17,7 @@ import uvicorn
 from serving import logs
 from serving.api.entrance import Entrance
 from serving.connections import HangUp
-from serving.http_connection import ACCEPTS_AT_ONCE, MAX_HEAD_BYTES, Connection
+from serving.http_connection import ACCEPTS_AT_ONCE, Connection
 from serving.ports import Port
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ class HttpServer(uvicorn.Server):
                 http=protocol,
                 ws="none",
                 backlog=ACCEPTS_AT_ONCE,  # which is all that asyncio does with it but for `listen`
-                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 log_config=None,  # its messages go where ours go
                 log_level="error",  # at "warning" everybody who connects can fill the log
                 access_log=False,
