@@ -208,7 +208,7 @@ class Connection(HttpToolsProtocol):
 
     def _is_answering(self) -> bool:
         """Whether the last request has come whole, and its answer has not gone."""
-        cycle = self.cycle
+        cycle: Any = self.cycle  # none before the first request
         return cycle is not None and not (cycle.more_body or cycle.response_complete)
 
     # --- bounds ---

@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from serving.config import ServeFlags
 from serving.errors import UserError
@@ -59,6 +60,7 @@ def host_name(header: str) -> str:
     return (match[1] or match[2]).rstrip(".").lower() if match else ""
 
 
+@lru_cache(maxsize=64)
 def is_local_name(name: str) -> bool:
     return name.endswith(".localhost") or is_loopback(name)
 

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from typing import Any
 
@@ -188,6 +188,7 @@ class Service:
         return room
 
 
+@lru_cache(maxsize=256)
 def cache_salt(boot_secret: bytes, tenant: str, given: str) -> str:
     """Return the salt of a request's cached prefixes, which nobody outside can choose or guess.
 

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from engine.build import build_engine
 from engine.config import EngineConfig
@@ -67,34 +67,56 @@ class Connections:
     def __init__(self, url: str) -> None:
         host, _, port = url.removeprefix("http://").partition(":")
         self._host, self._port = host, int(port)
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._free: list[_Connection] = []
 
     async def ask(self, prompt: str, num_tokens: int) -> Times:
         fields = {"max_tokens": num_tokens, "ignore_eos": True, "stream": True}
         body = json.dumps({"prompt": prompt} | fields).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        self._free = [each for each in self._free if not each[0].at_eof()]
+        self._free = [each for each in self._free if not each.transport.is_closing()]
         if self._free:
             connection = self._free.pop()
         else:
-            connection = await asyncio.open_connection(self._host, self._port)
-        reader, writer = connection
+            loop = asyncio.get_running_loop()
+            _, connection = await loop.create_connection(_Connection, self._host, self._port)
         start_s = time.perf_counter()
-        writer.write(head.encode() + body)
-        times: list[float] = []
-        received = b""
-        while not received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
-            data = await reader.read(1 << 16)
-            now = time.perf_counter()
-            assert data, "the server hung up"
-            num_before = received.count(b"data: {")
-            received += data
-            times += [now] * (received.count(b"data: {") - num_before)
-        assert received.startswith(b"HTTP/1.1 200 "), received[:500]
-        assert b'"error"' not in received, received[-500:]
+        times = await connection.exchange(head.encode() + body)
         self._free.append(connection)
         return _times(start_s, times, num_tokens)
+
+
+class _Connection(asyncio.Protocol):
+    """Notes when each event comes, and wakes nobody before the last."""
+
+    transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self._received: list[bytes] = []
+        self._times: list[float] = []
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self._times += [time.perf_counter()] * data.count(b"data: {")
+        self._received.append(data)
+        if data.endswith(b"0\r\n\r\n"):  # no event ends so
+            self._ended.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(exc or ConnectionResetError("the server hung up"))
+
+    async def exchange(self, request: bytes) -> list[float]:
+        self._received, self._times = [], []
+        self._ended = asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        await self._ended
+        received = b"".join(self._received)
+        assert received.startswith(b"HTTP/1.1 200 "), received[:500]
+        assert b'"error"' not in received, received[-500:]
+        assert received.count(b"data: {") == len(self._times), "an event came in two pieces"
+        return self._times
 
 
 def _times(start_s: float, times: list[float], num_tokens: int) -> Times:
