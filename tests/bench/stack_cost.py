@@ -1,6 +1,6 @@
 """What the whole stack adds to instances and their router: HTTP, text, the processes and Ray.
 
-    python -m tests.bench.stack_cost [--rounds 3] [--num 64] [--seed 0]
+    python -m tests.bench.stack_cost [--rounds 3] [--num 128] [--seed 0]
 
 Arms, in the order A-B-B-A in each round: (A) the driver with both instances in this process and
 no HTTP; (B) `hocket serve --instances 2` over HTTP. Both run the checksum executor with steps of
@@ -125,7 +125,7 @@ def _times(start_s: float, times: list[float], num_tokens: int) -> Times:
 
 
 async def load(ask: Ask, concurrency: int, num: int, rng: random.Random) -> list[Times]:
-    num = max(num if concurrency > 1 else num // 4, 4 * concurrency)
+    num = max(num * concurrency // 8, 4)  # so that each concurrency takes as long
     prompts = [f"{rng.randrange(10**12):012} says" for _ in range(num)]
     found: list[Times] = []
 
@@ -179,7 +179,7 @@ async def measure(url: str, args: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--num", type=int, default=64)
+    parser.add_argument("--num", type=int, default=128, help="requests at 8 clients")
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
