@@ -6,14 +6,20 @@ Decides nothing about requests. What is no HTTP gets the same error object as an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 import secrets
-from typing import Any, ClassVar
+from collections import Counter
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
-from httptools import HttpParserError, HttpParserUpgrade
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from serving.errors import (
     HeadersTooLarge,
@@ -23,10 +29,20 @@ from serving.errors import (
     Unavailable,
     UserError,
 )
+from serving.http_body import ChunkedBody, DeclaredBody
+
+if TYPE_CHECKING:
+    from uvicorn._types import (
+        ASGI3Application,
+        ASGIReceiveCallable,
+        ASGISendCallable,
+        ASGISendEvent,
+        Scope,
+    )
 
 log = logging.getLogger(__name__)
 
-# Of one head, or of what else is no body: trailers, and what is said of chunks.
+# Of one head; the application bounds its fields more narrowly.
 MAX_HEAD_BYTES = 64 << 10
 # Of what a client sends on while it waits for an answer: its next requests, or nothing of sense.
 MAX_AHEAD_BYTES = 64 << 10
@@ -41,7 +57,7 @@ _RESERVED_FILES = 128
 _FEWEST_CONNECTIONS = 16
 
 _BLANK_LINE = b"\r\n\r\n"
-_PIECE_BYTES = 16 << 10  # for the parser at a time, of what is no body of a known length
+_NO_HTTP = "this is not a valid HTTP request"
 
 
 def raise_file_limit() -> None:
@@ -86,8 +102,9 @@ class Connection(HttpToolsProtocol):
     """Whoever connects must send a whole head within a time: the first, and each after it began.
 
     uvicorn bounds the time between two requests, but no head and not what is sent ahead. Here the
-    parser is fed one request at a time: what a client sends on while it waits for an answer is
-    kept as it came, and that it hangs up is noticed all the time.
+    parser gets one whole head at a time, and only heads: bodies are taken as the head says, and
+    what a client sends on while it waits for an answer is kept as it came. So it is noticed all
+    the time that a client hangs up, and one that would upgrade is answered as if it had not asked.
     """
 
     head_timeout_s: ClassVar[float] = 10.0
@@ -96,12 +113,9 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
-        self._is_in_head = True  # of the first or the next request, or before it
-        self._ahead = b""
-        self._fed_last = b""  # the end of a head may come in two pieces
-        self._num_body_bytes_left = 0  # if their number was declared
-        self._is_body_parsed = True
-        self._num_other_bytes = 0  # since there was some body, or a request was whole
+        self._received = b""  # and not taken
+        self._num_searched = 0  # of it, for the end of a head
+        self._body: DeclaredBody | ChunkedBody | None = None  # as long as some is to come
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -112,104 +126,114 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        data = self._ahead + data if self._ahead else data
-        self._ahead = b""
-        while data and not (self._is_answering() or self.transport.is_closing()):
-            end = self._end_of_piece(data)
-            self._take(data[:end])
-            data = data[end:]
-        if self.transport.is_closing():
-            return
-        if self._is_answering():
-            self._ahead = data
-            if len(data) > MAX_AHEAD_BYTES:
-                self.transport.abort()
-        elif self._is_in_head:
-            self._time_head()
+        self._received = self._received + data if self._received else data
+        self._take()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timing()
-        self._ahead = b""
+        self._received = b""
         super().connection_lost(exc)
 
     # --- one request at a time ---
 
-    def _end_of_piece(self, data: bytes) -> int:
-        """Return how much to take: no request ends within it, unless at its end."""
-        if self._num_body_bytes_left:
-            self._fed_last = b""
-            return min(self._num_body_bytes_left, len(data))
-        seam = self._fed_last + data[:_PIECE_BYTES]
-        at = seam.find(_BLANK_LINE)  # behind heads, and behind bodies that come in chunks
-        end = len(seam) if at < 0 else at + len(_BLANK_LINE)
-        self._fed_last, num_before = seam[max(0, end - 3) : end], len(self._fed_last)
-        return end - num_before
+    def _take(self) -> None:
+        """Take what has come, up to the end of the request that is to be answered next."""
+        try:
+            while self._received and not (self._is_answering() or self.transport.is_closing()):
+                if not (self._take_head() if self._body is None else self._take_body(self._body)):
+                    break
+        except RequestError as error:
+            self._refuse(error)
+        except HttpParserError:
+            self._refuse(InvalidRequest(_NO_HTTP))
+        if self.transport.is_closing():
+            return
+        if not self._is_answering():
+            if self._body is None:
+                self._time_head()
+        elif len(self._received) > MAX_AHEAD_BYTES:
+            self.transport.abort()
 
-    def _take(self, piece: bytes) -> None:
-        if self._num_body_bytes_left:
-            self._num_body_bytes_left -= len(piece)
-        else:
-            self._num_other_bytes += len(piece)
-        if self._num_other_bytes > MAX_HEAD_BYTES:
-            self._refuse(HeadersTooLarge(f"the head must not exceed {MAX_HEAD_BYTES} bytes"))
-        elif self._is_body_parsed:
-            try:
-                self.parser.feed_data(piece)
-            except HttpParserUpgrade:
-                pass  # to nothing: it is answered as if it had not asked
-            except HttpParserError:
-                self._refuse(InvalidRequest("this is not a valid HTTP request"))
-        else:
-            self.on_body(piece)
-            if not self._num_body_bytes_left:
-                self._is_body_parsed = True
-                self.on_message_complete()
-
-    # --- events of the parser, hooks of uvicorn; what they raise is no valid request ---
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_in_head:  # else it is a trailer, which nobody reads
-            super().on_header(name, value.strip(b" \t"))
-
-    def on_headers_complete(self) -> None:
-        headers = dict(self.headers)
-        num_hosts = sum(name == b"host" for name, _ in self.headers)
-        if num_hosts > 1 or (not num_hosts and self.parser.get_http_version() == "1.1"):
-            raise ValueError("not one Host")
-        if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
-            raise ValueError("a coding that nobody decodes")
-        self._num_body_bytes_left = int(headers.get(b"content-length", 0))
-        if self.parser.should_upgrade():
-            # The parser takes what follows for another protocol, but it is the body.
-            self._is_body_parsed = not self._num_body_bytes_left
-            if b"transfer-encoding" in headers:
-                raise ValueError("a request to upgrade, with a body in chunks")
-        self._is_in_head = False
+    def _take_head(self) -> bool:
+        """Return whether there was a whole one. Raises RequestError, HttpParserError."""
+        if not self._num_searched:
+            self._received = self._received.lstrip(b"\r\n")  # that is allowed before it
+        found = self._received.find(_BLANK_LINE, max(0, self._num_searched - 3))
+        end = found + len(_BLANK_LINE) if found >= 0 else len(self._received)
+        if end > MAX_HEAD_BYTES:
+            raise HeadersTooLarge(f"the head must not exceed {MAX_HEAD_BYTES} bytes")
+        if found < 0:
+            self._num_searched = end
+            return False
+        head, self._received, self._num_searched = self._received[:end], self._received[end:], 0
         self._stop_timing()
-        super().on_headers_complete()
+        before, self.parser = self.cycle, HttpRequestParser(self)
+        with contextlib.suppress(HttpParserUpgrade):
+            self.parser.feed_data(head)
+        if self.cycle is before:  # the preface of HTTP/2
+            raise InvalidRequest(_NO_HTTP)
+        if self._body is None:
+            self._end_request()
+        return True
 
-    def on_body(self, body: bytes) -> None:
-        self._num_other_bytes = 0
-        super().on_body(body)
+    def _take_body(self, body: DeclaredBody | ChunkedBody) -> bool:
+        """Return whether it is complete. Raises RequestError."""
+        taken = body.take(self._received)
+        self._received = taken.rest
+        if taken.body:
+            self.on_body(taken.body)
+        if taken.is_complete:
+            self._body = None
+            self._end_request()
+        return taken.is_complete
 
-    def on_message_complete(self) -> None:
-        if self._is_body_parsed:
-            self._is_in_head, self._num_other_bytes = True, 0
-            super().on_message_complete()
-            self.flow.resume_reading()  # however large the body was: else a hang-up is not seen
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._ahead and not self.transport.is_closing():
-            self.data_received(b"")
-
-    def _should_upgrade(self) -> bool:
-        return False
+    def _end_request(self) -> None:
+        super().on_message_complete()
+        self.flow.resume_reading()  # however large the body was: else a hang-up is not seen
 
     def _is_answering(self) -> bool:
         """Whether the last request has come whole, and its answer has not gone."""
         cycle: Any = self.cycle  # none before the first request
         return cycle is not None and not (cycle.more_body or cycle.response_complete)
+
+    # --- hooks of the parser and of uvicorn; what those of the parser raise is no valid request ---
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value.strip(b" \t"))
+
+    def on_headers_complete(self) -> None:
+        headers = dict(self.headers)
+        counts = Counter(name for name, _ in self.headers)
+        is_old = self.parser.get_http_version() == "1.0"
+        if counts[b"host"] > 1 or not (counts[b"host"] or is_old):
+            raise ValueError("not one Host")
+        if counts[b"transfer-encoding"] > 1:
+            raise ValueError("more than one coding")
+        if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+            raise ValueError("a coding that nobody decodes")
+        if is_old:  # its clients know no answer but one, and none in chunks
+            self.expect_100_continue = False
+        super().on_headers_complete()
+        if b"transfer-encoding" in headers:
+            self._body = ChunkedBody()
+        elif num_bytes := int(headers.get(b"content-length", 0)):
+            self._body = DeclaredBody(num_bytes)
+
+    def on_message_complete(self) -> None:
+        """Of a head the parser does not know what follows."""
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._received and not self.transport.is_closing():
+            self._take()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            app = _without_chunks(cycle, app)
+        super()._start_asgi_task(cycle, app)
+
+    def _should_upgrade(self) -> bool:
+        return False
 
     # --- bounds ---
 
@@ -224,7 +248,7 @@ class Connection(HttpToolsProtocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        if self._num_other_bytes:
+        if self._received:
             self._refuse(
                 RequestTimedOut(f"the head did not arrive within {self.head_timeout_s:g} s")
             )
@@ -235,7 +259,9 @@ class Connection(HttpToolsProtocol):
         """Answer and close; where an answer has begun, only close."""
         cycle: Any = self.cycle  # none before the first request
         if cycle is None or cycle.response_complete:
-            may_answer = self._is_in_head  # else what is wrong is the rest of one that is answered
+            may_answer = (
+                self._body is None
+            )  # else what is wrong is the rest of one that is answered
         else:
             may_answer = not cycle.response_started
             # What is being answered came before what is wrong: nobody will read it any more.
@@ -252,6 +278,22 @@ class Connection(HttpToolsProtocol):
             lines = [f"{name}: {value}\r\n".encode() for name, value in headers.items()]
             self.transport.write(STATUS_LINE[error.status] + b"".join(lines) + b"\r\n" + body)
         self.transport.close()
+
+
+def _without_chunks(cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:
+    """Have an answer of unknown length end with its connection, as those before HTTP/1.1 do."""
+
+    async def plain(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        cycle.chunked_encoding = False
+
+        async def send_plain(message: ASGISendEvent) -> None:
+            if message["type"] == "http.response.body":  # of each part, where uvicorn counts all
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plain)
+
+    return plain
 
 
 class FewConnections(Connection):

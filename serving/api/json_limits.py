@@ -53,7 +53,10 @@ class JsonRoute(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **settings: Any) -> None:
         super().__init__(path, endpoint, **settings)
-        if self.body_field is not None and _parameters(endpoint) == ["body", "request"]:
+        takes = list(inspect.signature(endpoint).parameters)
+        field = self.body_field
+        is_optional = field is None or not field.field_info.is_required()
+        if takes == ["body", "request"] and not (is_optional or self.dependencies):
             self.app = self._serve
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,10 +95,6 @@ class _ParsedRequest(Request):
 
     async def json(self) -> Any:
         return self.value
-
-
-def _parameters(endpoint: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(endpoint).parameters)
 
 
 async def _strict_json(request: Request, body: bytes) -> Any:
