@@ -284,10 +284,10 @@ def _without_chunks(cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3
     """Have an answer of unknown length end with its connection, as those before HTTP/1.1 do."""
 
     async def plain(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        cycle.chunked_encoding = False
-
         async def send_plain(message: ASGISendEvent) -> None:
-            if message["type"] == "http.response.body":  # of each part, where uvicorn counts all
+            if message["type"] == "http.response.start":
+                cycle.chunked_encoding = False
+            elif message["type"] == "http.response.body":  # of each part, where uvicorn counts all
                 cycle.expected_content_length = len(message.get("body", b""))
             await send(message)
 
