@@ -259,9 +259,7 @@ class Connection(HttpToolsProtocol):
         """Answer and close; where an answer has begun, only close."""
         cycle: Any = self.cycle  # none before the first request
         if cycle is None or cycle.response_complete:
-            may_answer = (
-                self._body is None
-            )  # else what is wrong is the rest of one that is answered
+            may_answer = self._body is None  # else the rest of one that is answered is wrong
         else:
             may_answer = not cycle.response_started
             # What is being answered came before what is wrong: nobody will read it any more.
