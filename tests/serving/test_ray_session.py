@@ -108,6 +108,41 @@ def test_signals_of_the_terminal_do_not_reach_it(ray_session):
     ray_session.run(run())
 
 
+# --- what Ray is told ---
+
+
+def test_requests_and_tokens_say_nothing_to_ray(ray_session, monkeypatch):
+    """Counted: what crosses between this process and Ray's while an instance serves, or idles."""
+    control, said = ray_session.session._control, []
+
+    def counting(pass_on):
+        def count(message):
+            said.append(type(message).__name__)
+            pass_on(message)
+
+        return count
+
+    for name in ("_send", "_on_report"):
+        monkeypatch.setattr(control, name, counting(getattr(control, name)))
+
+    async def run(num_requests):
+        async with Served(ray_session.handle()) as instance:
+            specs = [make_spec(f"r{number}", max_tokens=30) for number in range(num_requests)]
+            for spec in specs:
+                instance.submit(spec)
+            for spec in specs:
+                await instance.until_ended(spec.request_id)
+            assert sum(len(instance.tokens(spec.request_id)) for spec in specs) == 30 * num_requests
+
+    for num_requests in (0, 20):
+        said.clear()
+        ray_session.run(run(num_requests))
+        assert sorted(said) in (
+            ["Ended", "Place", "Placed", "Remove"],
+            ["Place", "Placed", "Remove"],
+        )
+
+
 # --- without Ray ---
 
 
