@@ -130,7 +130,6 @@ def test_requests_and_tokens_say_nothing_to_ray(ray_session, monkeypatch):
             specs = [make_spec(f"r{number}", max_tokens=30) for number in range(num_requests)]
             for spec in specs:
                 instance.submit(spec)
-            for spec in specs:
                 await instance.until_ended(spec.request_id)
             assert sum(len(instance.tokens(spec.request_id)) for spec in specs) == 30 * num_requests
 
