@@ -112,34 +112,29 @@ def test_signals_of_the_terminal_do_not_reach_it(ray_session):
 
 
 def test_requests_and_tokens_say_nothing_to_ray(ray_session, monkeypatch):
-    """Counted: what crosses between this process and Ray's while an instance serves, or idles."""
-    control, said = ray_session.session._control, []
+    """Counted: what crosses between this process and Ray's while an instance serves."""
+    control, told, heard = ray_session.session._control, [], []
 
-    def counting(pass_on):
+    def counting(pass_on, counted):
         def count(message):
-            said.append(type(message).__name__)
+            counted.append(type(message).__name__)
             pass_on(message)
 
         return count
 
-    for name in ("_send", "_on_report"):
-        monkeypatch.setattr(control, name, counting(getattr(control, name)))
+    monkeypatch.setattr(control, "_send", counting(control._send, told))
+    monkeypatch.setattr(control, "_on_report", counting(control._on_report, heard))
 
-    async def run(num_requests):
+    async def run():
         async with Served(ray_session.handle()) as instance:
-            specs = [make_spec(f"r{number}", max_tokens=30) for number in range(num_requests)]
-            for spec in specs:
-                instance.submit(spec)
-                await instance.until_ended(spec.request_id)
-            assert sum(len(instance.tokens(spec.request_id)) for spec in specs) == 30 * num_requests
+            for number in range(20):
+                instance.submit(make_spec(f"r{number}", max_tokens=30))
+                await instance.until_ended(f"r{number}")
+            assert len(instance.events("tokens")) == 20 * 30
 
-    for num_requests in (0, 20):
-        said.clear()
-        ray_session.run(run(num_requests))
-        assert sorted(said) in (
-            ["Ended", "Place", "Placed", "Remove"],
-            ["Place", "Placed", "Remove"],
-        )
+    ray_session.run(run())
+    assert told == ["Place", "Remove"]
+    assert len(heard) < 5, "Placed, Ended, and perhaps the end of one before"
 
 
 # --- without Ray ---
