@@ -232,9 +232,6 @@ class Connection(HttpToolsProtocol):
             app = _without_chunks(cycle, app)
         super()._start_asgi_task(cycle, app)
 
-    def _should_upgrade(self) -> bool:
-        return False
-
     # --- bounds ---
 
     def _time_head(self) -> None:

@@ -93,8 +93,6 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self._received: list[bytes] = []
-        self._times: list[float] = []
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def data_received(self, data: bytes) -> None:
@@ -108,7 +106,8 @@ class _Connection(asyncio.Protocol):
             self._ended.set_exception(exc or ConnectionResetError("the server hung up"))
 
     async def exchange(self, request: bytes) -> list[float]:
-        self._received, self._times = [], []
+        self._received: list[bytes] = []
+        self._times: list[float] = []
         self._ended = asyncio.get_running_loop().create_future()
         self.transport.write(request)
         await self._ended
