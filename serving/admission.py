@@ -308,9 +308,9 @@ class Admission:
         if tally.num_queued and tally.num_queued_tokens + num_tokens > max_num_tokens:
             return RefusalReason.TOKENS, max_num_tokens
         # The server's rate also for a tenant: how fast its own start depends on all the others.
-        rates = self._server.rate.per_second(now)
         num_before = num_open - limits.max_num_running
-        if rates is not None and num_before > max(0, part * rates[0] * limits.max_queue_age_s):
+        rates = self._server.rate.per_second(now) if num_before > 0 else None
+        if rates is not None and num_before > part * rates[0] * limits.max_queue_age_s:
             return RefusalReason.AGE, limits.max_queue_age_s
         return None
 

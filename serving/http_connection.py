@@ -10,8 +10,7 @@ import contextlib
 import logging
 import resource
 import secrets
-from collections import Counter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import msgspec
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
@@ -199,15 +198,19 @@ class Connection(HttpToolsProtocol):
     # --- hooks of the parser and of uvicorn; what those of the parser raise is no valid request ---
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value.strip(b" \t"))
+        name, value = name.lower(), value.strip(b" \t")
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         headers = dict(self.headers)
-        counts = Counter(name for name, _ in self.headers)
+        names = [name for name, _ in self.headers]
         is_old = self.parser.get_http_version() == "1.0"
-        if counts[b"host"] > 1 or not (counts[b"host"] or is_old):
+        num_hosts = names.count(b"host")
+        if num_hosts > 1 or not (num_hosts or is_old):
             raise ValueError("not one Host")
-        if counts[b"transfer-encoding"] > 1:
+        if names.count(b"transfer-encoding") > 1:
             raise ValueError("more than one coding")
         if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
             raise ValueError("a coding that nobody decodes")
@@ -230,6 +233,8 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if cycle.scope["http_version"] == "1.0":
             app = _without_chunks(cycle, app)
+        if cycle.scope["method"] != "HEAD":  # whose answers are nothing but heads
+            cycle.transport = cast("asyncio.Transport", _HeadWithBody(cycle))
         super()._start_asgi_task(cycle, app)
 
     # --- bounds ---
@@ -273,6 +278,30 @@ class Connection(HttpToolsProtocol):
             lines = [f"{name}: {value}\r\n".encode() for name, value in headers.items()]
             self.transport.write(STATUS_LINE[error.status] + b"".join(lines) + b"\r\n" + body)
         self.transport.close()
+
+
+class _HeadWithBody:
+    """The transport of one answer until it begins: its head goes with the first of its body.
+
+    ASGI has it so, and it saves a packet and a waking of the client; uvicorn writes them apart.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            self._cycle.transport = self._transport
+            self._transport.write(self._head + data)
+        elif self._cycle.response_started:
+            self._head = data
+        else:  # 100 Continue
+            self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 def _without_chunks(cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:

@@ -49,6 +49,7 @@ class HttpServer(uvicorn.Server):
                 log_config=None,  # its messages go where ours go
                 log_level="error",  # at "warning" everybody who connects can fill the log
                 access_log=False,
+                proxy_headers=False,  # nobody asks for a client's address
                 lifespan="off",
                 server_header=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,

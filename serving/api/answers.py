@@ -20,10 +20,17 @@ from serving.api.sampling import Body
 from serving.api.service import Service
 from serving.api.timings import server_timing, timings
 from serving.cluster.streams import Delta, RequestStream, StreamGroup
+from serving.text.tokenizer import TextCodec
 
 
 class ChoiceForm(Protocol):
     """What one endpoint puts into `choices[i]`, beside what every endpoint does."""
+
+    @property
+    def codec(self) -> TextCodec: ...
+
+    @property
+    def body(self) -> Body: ...
 
     def whole(self, index: int, delta: Delta, stream: RequestStream) -> dict[str, Any]: ...
 
@@ -41,20 +48,16 @@ class ClientGone(Exception):
 
 
 async def respond(
-    service: Service,
-    request: Request,
-    body: Body,
-    group: StreamGroup,
-    head: dict[str, Any],
-    form: ChoiceForm,
+    service: Service, request: Request, group: StreamGroup, head: dict[str, Any], form: ChoiceForm
 ) -> Response:
     """Answer as the body asks, in events or whole. Raises RequestError, ClientGone."""
+    body = form.body
     deadline_s = math.inf
     if body.timeout is not None:  # tokenizing has taken some of it
         deadline_s = request.state.arrived_at_s + body.timeout
     open_answer = service.open_answer(group, pass_of(request), deadline_s)
     if body.stream:
-        return sse.event_stream(_chunks(service, body, group, head, form), open_answer)
+        return sse.event_stream(_chunks(group, head, form), open_answer)
     with open_answer:
         deltas = await _collect(request, group)
 
@@ -69,7 +72,7 @@ async def respond(
     def response() -> Response:
         choices: list[Any] = []
         for index, (delta, stream) in enumerate(zip(deltas, group.streams, strict=True)):
-            choice = _choice(service, body, index, delta, stream, form.whole, first=True)
+            choice = _choice(form, index, delta, stream, first=True, whole=True)
             choices.append(in_pieces(choice) if is_long else choice)
         return json_response(head | {"choices": choices} | answer, headers=headers)
 
@@ -114,51 +117,55 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _chunks(
-    service: Service, body: Body, group: StreamGroup, head: dict[str, Any], form: ChoiceForm
-) -> AsyncIterator[dict[str, Any] | None]:
-    """Yield chunk bodies as tokens arrive, None for a sign of life."""
+    group: StreamGroup, head: dict[str, Any], form: ChoiceForm
+) -> AsyncIterator[sse.Chunks]:
+    """Yield the chunks of what is new at a time, until all choices have ended."""
+    body = form.body
     seen: set[int] = set()
-    async for news in group.deltas():
-        if news is None:
-            yield None
-            continue
-        index, delta = news
-        stream, first = group.streams[index], index not in seen
-        seen.add(index)
-        chunk = partial(form.chunk, first=first)
-        make = partial(_choice, service, body, index, delta, stream, chunk, first=first)
-        is_long = first and _has_scores(stream)
-        choice = await asyncio.to_thread(_in_pieces, make) if is_long else make()
-        whole = head | {"choices": [choice]}
-        if len(seen) == 1 and first:
-            whole |= form.of_all(stream)
-        if body.wants_usage_always():
-            whole["usage"] = usage(body, group)
-        yield whole
-    if body.wants_usage() or body.return_metrics:
-        last = head | {"choices": []}
-        if body.wants_usage():
-            last["usage"] = usage(body, group)
-        if body.return_metrics:
-            last["metrics"] = timings(group.streams[0].times)
-        yield last
+    async for deltas, is_last in group.news():
+        chunks = []
+        for index, delta in deltas:
+            stream, first = group.streams[index], index not in seen
+            if first and _has_scores(stream):
+                make = partial(_choice, form, index, delta, stream, first=True)
+                choice = await asyncio.to_thread(_in_pieces, make)
+            else:
+                choice = _choice(form, index, delta, stream, first=first)
+            chunk = head | {"choices": [choice]}
+            if not seen:
+                chunk |= form.of_all(stream)
+            seen.add(index)
+            if body.wants_usage_always():
+                chunk["usage"] = usage(body, group)
+            chunks.append(chunk)
+        if is_last and (body.wants_usage() or body.return_metrics):
+            last = head | {"choices": []}
+            if body.wants_usage():
+                last["usage"] = usage(body, group)
+            if body.return_metrics:
+                last["metrics"] = timings(group.streams[0].times)
+            chunks.append(last)
+        yield sse.Chunks(chunks, is_last)
 
 
 def _choice(
-    service: Service,
-    body: Body,
+    form: ChoiceForm,
     index: int,
     delta: Delta,
     stream: RequestStream,
-    form: Callable[[int, Delta, RequestStream], dict[str, Any]],
     *,
     first: bool,
+    whole: bool = False,
 ) -> dict[str, Any]:
-    """Return `choices[i]` with what every endpoint has."""
+    """Return `choices[i]`, or what is new of it, with what every endpoint has."""
+    body = form.body
     if body.echoes_only():
         ended = delta.finish_reason is not None
         delta = Delta("", (), FinishReason.LENGTH if ended else None)
-    choice = {"index": index, **form(index, delta, stream), "finish_reason": delta.finish_reason}
+    made = (
+        form.whole(index, delta, stream) if whole else form.chunk(index, delta, stream, first=first)
+    )
+    choice = {"index": index, **made, "finish_reason": delta.finish_reason}
     if body.return_token_ids:
         choice["token_ids"] = list(delta.token_ids)
     if first and body.prompt_logprobs is not None:
@@ -166,7 +173,7 @@ def _choice(
             stream.spec.prompt_token_ids,
             stream.prompt_logprobs,
             body.prompt_logprobs,
-            service.codec,
+            form.codec,
         )
     return choice
 

@@ -64,6 +64,8 @@ def bare_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be to whatever Host said
+        # Whatever OpenTelemetry a library brings: our own metrics say what is to be known.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         middleware=[
             Middleware(Access, observe=service.metrics.http_answered),
             Middleware(RequestIds),

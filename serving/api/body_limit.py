@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.api.headers import field
 from serving.api.refusal import refuse
 from serving.errors import BodyTooLarge, RequestTimedOut, Unavailable
 
@@ -55,7 +55,7 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     def _check_declared(self, scope: Scope) -> None:
-        declared = Headers(scope=scope).get("content-length", "0")
+        declared = field(scope, b"content-length")
         # The HTTP parser lets only digits through, at most 20 of them.
         if declared.isdecimal() and int(declared) > self._max_bytes:
             raise self._too_large()

@@ -45,7 +45,7 @@ def router(service: Service) -> APIRouter:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = service.head(f"chatcmpl-{ids.shown}", kind)
         form = _ChatForm(service.codec, body)
-        return await answers.respond(service, request, body, group, head, form)
+        return await answers.respond(service, request, group, head, form)
 
     return routes
 

@@ -14,6 +14,7 @@ from scheduler.types import SamplingParams
 from serving.api import answers
 from serving.api.answer_schemas import Completion, answered_with
 from serving.api.gate import pass_of
+from serving.api.headers import field
 from serving.api.json_limits import JsonRoute
 from serving.api.logprobs import completion_logprobs, score_prompt
 from serving.api.prompts import Prompt, completion_prompts
@@ -52,14 +53,14 @@ def router(service: Service) -> APIRouter:
         )
         head = service.head(f"cmpl-{ids.shown}", "text_completion")
         form = _CompletionForm(service.codec, body, prompts)
-        return await answers.respond(service, request, body, group, head, form)
+        return await answers.respond(service, request, group, head, form)
 
     return routes
 
 
 def _is_short(request: Request) -> bool:
     """Whether to make tokens of it takes less time than to hand it to a thread and back."""
-    size = request.headers.get("content-length", "")
+    size = field(request.scope, b"content-length")
     return size.isdecimal() and int(size) <= _SHORT_BODY_BYTES
 
 
@@ -88,19 +89,21 @@ class _CompletionForm:
     def chunk(
         self, index: int, delta: Delta, stream: RequestStream, *, first: bool
     ) -> dict[str, Any]:
-        echoed = self.prompts[index // (self.body.n or 1)].text
+        body = self.body
         choice: dict[str, Any] = {"text": delta.text}
-        tokens = [
-            token._replace(text_offset=token.text_offset + len(echoed)) for token in delta.scored
-        ]
-        if first and self.body.echo:
+        echoed = self.prompts[index // (body.n or 1)].text
+        if first and body.echo:
             choice["text"] = echoed + delta.text
-            if self.body.logprobs is not None:
+        if body.logprobs is not None:
+            tokens = [
+                token._replace(text_offset=token.text_offset + len(echoed))
+                for token in delta.scored
+            ]
+            if first and body.echo:
                 prompt_ids = stream.spec.prompt_token_ids
                 tokens = score_prompt(prompt_ids, stream.prompt_logprobs, self.codec) + tokens
-        if self.body.logprobs is not None:
-            choice["logprobs"] = completion_logprobs(tokens, self.body.logprobs, self.codec)
-        if first and self.body.return_token_ids:
+            choice["logprobs"] = completion_logprobs(tokens, body.logprobs, self.codec)
+        if first and body.return_token_ids:
             choice["prompt_token_ids"] = stream.spec.prompt_token_ids
         return choice
 

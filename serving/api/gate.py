@@ -137,7 +137,7 @@ class Gate:
 
 
 def pass_of(request: Request) -> Pass:
-    entry: Pass = request.state.entry
+    entry: Pass = request.scope["state"]["entry"]
     return entry
 
 

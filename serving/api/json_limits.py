@@ -23,6 +23,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from serving.api.headers import field
 from serving.errors import InvalidRequest, UnsupportedMedia
 
 MAX_DEPTH = 64
@@ -60,13 +61,13 @@ class JsonRoute(APIRoute):
             self.app = self._serve
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        value = await _strict_json(request, await request.body())
+        # `BodyLimit` has read it, and hands it on in one piece.
+        value = await _strict_json(scope, (await receive())["body"])
         assert self.body_field is not None
         body, errors = self.body_field.validate(value, loc=("body",))
         if errors:
             raise RequestValidationError(errors)
-        response: Response = await self.endpoint(body, request)
+        response: Response = await self.endpoint(body, Request(scope, receive))
         await response(scope, receive, send)
 
     def get_route_handler(self) -> Handler:
@@ -80,7 +81,7 @@ class JsonRoute(APIRoute):
             body = await parsed.body()
             if is_optional and not body:
                 return await handle(parsed)
-            parsed.value = await _strict_json(request, body)
+            parsed.value = await _strict_json(request.scope, body)
             if is_optional and parsed.value is None:
                 raise InvalidRequest("the body is null: send an object, or nothing at all")
             return await handle(parsed)
@@ -97,8 +98,8 @@ class _ParsedRequest(Request):
         return self.value
 
 
-async def _strict_json(request: Request, body: bytes) -> Any:
-    _check_content_type(request.headers.get("content-type", ""))
+async def _strict_json(scope: Scope, body: bytes) -> Any:
+    _check_content_type(field(scope, b"content-type"))
     if len(body) > _LONG_BYTES:
         return await asyncio.to_thread(parse_json, body)
     return parse_json(body)
@@ -109,7 +110,7 @@ def parse_json(body: bytes) -> Any:
     outside_strings = _STRINGS.sub(b"", body)
     _check_depth(outside_strings)
     try:
-        value = json.loads(body.decode(), object_pairs_hook=_unique_names)
+        value = _decoder.decode(body.decode())
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8, at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -162,14 +163,17 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+_decoder = json.JSONDecoder(object_pairs_hook=_unique_names)
+
+
 def _check_values(value: Any) -> None:
     """Raise InvalidRequest for a number or a text that is none, and name the top-level field."""
     fields = value.items() if isinstance(value, dict) else [("", value)]
-    for field, content in fields:
-        problem = _problem(field, wide=False)
-        problem = problem or _problem(content, wide=field in _WIDE_FIELDS)
+    for name, content in fields:
+        problem = _problem(name, wide=False)
+        problem = problem or _problem(content, wide=name in _WIDE_FIELDS)
         if problem:
-            shown = field.encode("utf-8", "backslashreplace").decode()[:40]
+            shown = name.encode("utf-8", "backslashreplace").decode()[:40]
             raise InvalidRequest(f"{shown or 'body'}: {problem}", param=shown or None)
 
 

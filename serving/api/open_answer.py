@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -91,10 +92,15 @@ class OpenAnswer:
                 self._hang_up()
 
 
+class Frame(NamedTuple):
+    data: bytes
+    is_last: bool
+
+
 class EventResponse(Response):
     """Frames as they come. Headers go with the first: until then an error has its own status."""
 
-    def __init__(self, frames: AsyncIterator[bytes], answer: OpenAnswer) -> None:
+    def __init__(self, frames: AsyncIterator[Frame], answer: OpenAnswer) -> None:
         self._frames = frames
         self._answer = answer
         self.status_code = 200
@@ -109,13 +115,13 @@ class EventResponse(Response):
         try:
             with self._answer:
                 is_first = True
-                async for frame in self._frames:
+                async for data, is_last in self._frames:
                     if is_first:
                         is_first = False
                         start = {"type": "http.response.start", "status": self.status_code}
                         await send(start | {"headers": self.raw_headers})
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    more = not is_last
+                    await send({"type": "http.response.body", "body": data, "more_body": more})
         finally:
             leaving.cancel()
 

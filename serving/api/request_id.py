@@ -13,7 +13,9 @@ from fastapi import Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_HEADER = "x-request-id"
+from serving.api.headers import field
+
+_HEADER, _FIELD = "x-request-id", b"x-request-id"
 _MAX_CHARS = 128
 
 
@@ -28,7 +30,7 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         request_id = secrets.token_hex(16)
-        given = Request(scope).headers.get(_HEADER, "")
+        given = field(scope, _FIELD)
         shown = given if given.isprintable() and 0 < len(given) <= _MAX_CHARS else request_id
         state = scope.setdefault("state", {})
         state["request_id"], state["shown_request_id"] = request_id, shown
@@ -50,7 +52,7 @@ class TakenIds(NamedTuple):
 
 def take_request_id(request: Request, given: str | None) -> TakenIds:
     """Return the ids of a request; one given in the body wins, and goes into the header too."""
+    state = request.scope["state"]
     if given is not None:
-        request.state.shown_request_id = given
-    state = request.state
-    return TakenIds(state.request_id, state.shown_request_id, state.arrived_at_s)
+        state["shown_request_id"] = given
+    return TakenIds(state["request_id"], state["shown_request_id"], state["arrived_at_s"])

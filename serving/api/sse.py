@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from serving.api.open_answer import KEEP_ALIVE, EventResponse, OpenAnswer
+from serving.api.open_answer import KEEP_ALIVE, EventResponse, Frame, OpenAnswer
 from serving.errors import RequestError, internal_error
 
 log = logging.getLogger(__name__)
@@ -21,28 +21,35 @@ def event(value: dict[str, Any]) -> bytes:
     return b"data: " + _encoder.encode(value) + b"\n\n"
 
 
-def event_stream(chunks: AsyncIterator[dict[str, Any] | None], answer: OpenAnswer) -> EventResponse:
-    """Send each chunk as an event, None as a comment; at the end, `[DONE]`.
+class Chunks(NamedTuple):
+    """What is to be sent at once; nothing but a comment, a sign of life, if it is empty."""
+
+    values: list[dict[str, Any]]
+    is_last: bool
+
+
+def event_stream(parts: AsyncIterator[Chunks], answer: OpenAnswer) -> EventResponse:
+    """Send each chunk as an event; behind the last, `[DONE]`.
 
     An error on the way becomes the last event; one before the first is raised.
     """
 
-    async def frames() -> AsyncIterator[bytes]:
+    async def frames() -> AsyncIterator[Frame]:
         is_first = True
         try:
-            async for chunk in chunks:
-                yield KEEP_ALIVE if chunk is None else event(chunk)
+            async for values, is_last in parts:
+                data = b"".join(map(event, values)) if values else KEEP_ALIVE
+                yield Frame(data + DONE, is_last=True) if is_last else Frame(data, is_last=False)
                 is_first = False
         except RequestError as error:
             if is_first:
                 raise
-            yield event(error.body())
+            yield Frame(event(error.body()) + DONE, is_last=True)
         except Exception:
             if is_first:
                 raise
             # The status is sent: an end without an error would look like success.
             log.exception("a stream failed inside the server")
-            yield event(internal_error().body())
-        yield DONE
+            yield Frame(event(internal_error().body()) + DONE, is_last=True)
 
     return EventResponse(frames(), answer)

@@ -37,6 +37,13 @@ class Delta(NamedTuple):
     scored: tuple[ScoredToken, ...] = ()  # if log-probabilities were asked for
 
 
+class News(NamedTuple):
+    """What is new of several streams."""
+
+    deltas: list[tuple[int, Delta]]  # by the index of the stream
+    is_last: bool  # all have ended
+
+
 class Origin(NamedTuple):
     """Where a request came from, and when, on the driver's clock."""
 
@@ -209,7 +216,7 @@ class StreamGroup:
         self._is_nudged = False
 
     def nudge(self) -> None:
-        """Have `deltas` yield None once: a sign of life is wanted, though nothing is new."""
+        """Have `news` yield once, whatever there is: a sign of life is wanted."""
         self._is_nudged = True
         self.wake.set()
 
@@ -224,26 +231,29 @@ class StreamGroup:
         deltas = [stream.take() for stream in self.streams]
         return [delta for delta in deltas if delta is not None]
 
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta] | None]:
-        """Yield (stream index, delta) until all have ended. Raises the first stream's error.
+    async def news(self) -> AsyncIterator[News]:
+        """Yield what is new at a time, until all have ended. Raises the first stream's error.
 
-        None is what a nudge brings.
+        What comes of a step comes together. Only a nudge brings nothing.
         """
         open_streams = dict(enumerate(self.streams))
         while open_streams:
             await self.wake.wait()
             self.wake.clear()
-            if self._is_nudged:
-                self._is_nudged = False
-                yield None
+            deltas: list[tuple[int, Delta]] = []
+            error: RequestError | None = None
             for index, stream in list(open_streams.items()):
-                error, delta = stream.error, stream.take()
+                error = error or stream.error
+                delta = stream.take()
                 if delta is not None:
-                    yield index, delta
+                    deltas.append((index, delta))
                     if delta.finish_reason is not None:
                         del open_streams[index]
-                if error is not None:  # after what came before it
-                    raise error
+            if deltas or self._is_nudged:
+                self._is_nudged = False
+                yield News(deltas, is_last=not open_streams)
+            if error is not None:  # after what came before it
+                raise error
 
 
 class StreamTable:

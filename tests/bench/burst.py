@@ -129,13 +129,13 @@ async def driven(config: ClusterConfig, burst: list[RequestSpec]) -> tuple[int, 
         prompt_token_ids=(1, 2, 3),
         params=SamplingParams(max_tokens=2),
     )
-    async for _ in driver.submit([warm_up], []).deltas():
+    async for _ in driver.submit([warm_up], []).news():
         pass
     sent.clear()
     groups = [driver.submit([spec], []) for spec in burst]
     at_once = spread(sent)
     for group in groups:
-        async for _ in group.deltas():
+        async for _ in group.news():
             pass
     await driver.stop()
     assert sent.total() == NUM_REQUESTS

@@ -57,7 +57,7 @@ async def in_process(driver: ClusterDriver, prompt: str, num_tokens: int) -> Tim
         prompt_token_ids=tuple(_CODEC.encode(prompt, add_special_tokens=False)),
         params=SamplingParams(max_tokens=num_tokens),
     )
-    times = [time.perf_counter() async for _ in driver.submit([spec], []).deltas()]
+    times = [time.perf_counter() async for _ in driver.submit([spec], []).news()]
     return _times(start_s, times, num_tokens)
 
 

@@ -85,7 +85,7 @@ async def start_driver(executor=None, max_requests=8):
 
 async def read(group):
     async with asyncio.timeout(20):
-        return [delta async for delta in group.deltas()]
+        return [delta async for news in group.news() for delta in news.deltas]
 
 
 def test_latencies_begin_when_the_request_arrived():

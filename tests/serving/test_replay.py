@@ -100,9 +100,8 @@ async def answers(group):
     ids, scored = ([[] for _ in group.streams] for _ in range(2))
     reasons = [None for _ in group.streams]
     async with asyncio.timeout(20):
-        async for item in group.deltas():
-            if item is not None:
-                index, delta = item
+        async for news in group.news():
+            for index, delta in news.deltas:
                 texts[index] += delta.text
                 ids[index] += delta.token_ids
                 scored[index] += delta.scored
