@@ -47,7 +47,7 @@ def ready_block(
     body = json.dumps(
         {
             "model": ready.model_name,
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "messages": [{"role": "user", "content": "Name the capital of France."}],
             "temperature": 0,
         }
     )

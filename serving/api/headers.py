@@ -71,7 +71,7 @@ def field(scope: Scope, name: bytes) -> str:
 
 def _problem(scope: Scope) -> RequestError | None:
     fields = scope["headers"]
-    text = b"".join([part for field in fields for part in field])
+    text = b"".join([part for name_and_value in fields for part in name_and_value])
     num_bytes = len(scope["raw_path"]) + len(scope["query_string"]) + len(text)
     if len(fields) > MAX_FIELDS or num_bytes > MAX_BYTES:
         return HeadersTooLarge(

@@ -10,8 +10,10 @@ import pytest
 from tests.serving.servers import running_server
 from tests.tiny_gguf import write_tiny_gguf
 
-FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+FRANCE = [{"role": "user", "content": "Name the capital of France."}]
 # SmolLM2-135M-Instruct's greedy answer, "The capital of France is Paris." and the end of the turn.
+# At each of its tokens the second is at least 0.9 behind, in logprobs: more than rounding to
+# bfloat16 moves on any CPU. (Asked "What is", it is 0.1 from answering in French.)
 PARIS = [504, 3575, 282, 4649, 314, 7042, 30, 2]
 
 
@@ -29,14 +31,14 @@ def test_smollm2_knows_the_capital_of_france(real_model, dtype):
                 messages=FRANCE,
                 temperature=0,
                 extra_body={"return_token_ids": True},
-                **options,
+                **{"max_tokens": 16, **options},
             )
 
         answer = ask()
         assert answer.choices[0].message.content == "The capital of France is Paris."
         assert answer.choices[0].finish_reason == "stop"
         assert answer.choices[0].token_ids == PARIS
-        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (37, 8)
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (36, 8)
 
         pieces = [chunk.choices[0] for chunk in ask(stream=True)]
         assert "".join(piece.delta.content for piece in pieces) == answer.choices[0].message.content
