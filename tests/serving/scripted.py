@@ -146,8 +146,12 @@ class ScriptedHandle:
 @dataclass(frozen=True)
 class Answer:
     status: int
-    text: str
+    parts: list[str]  # as they were sent
     headers: dict[str, str]
+
+    @property
+    def text(self):
+        return "".join(self.parts)
 
     def json(self):
         return json.loads(self.text)
@@ -246,9 +250,9 @@ class Server:
             sent.append(message)
 
         await (app or self._app)(scope, inbox.get, send)
-        payload = b"".join(message.get("body", b"") for message in sent[1:])
+        parts = [message.get("body", b"").decode() for message in sent[1:]]
         received = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-        return Answer(sent[0]["status"], payload.decode(), received)
+        return Answer(sent[0]["status"], parts, received)
 
     def metric(self, name):
         lines = self.metrics.render().decode().splitlines()

@@ -96,6 +96,39 @@ def test_chunks_are_only_for_those_who_know_them(asked, told):
 
 
 @pytest.mark.parametrize(
+    ("asked", "app", "written"),
+    [
+        (b"GET / HTTP/1.1", stream, [b"one\n", b"two\n", b"0\r\n\r\n"]),
+        (b"GET / HTTP/1.1", echo, [b"/ \n"]),
+        (b"HEAD / HTTP/1.1", echo, [b"\r\n\r\n"]),
+        (b"GET / HTTP/1.1\r\nExpect: 100-continue", echo, [b" 100 Continue\r\n\r\n", b"/ \n"]),
+    ],
+)
+def test_the_head_of_an_answer_goes_with_the_first_of_its_body(asked, app, written):
+    writes = []
+
+    class Recording(Connection):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            write = transport.write
+            transport.write = lambda data: (writes.append(data), write(data))
+
+    async def scenario(address, server):
+        _, writer = await asyncio.open_connection(*address)
+        for _ in range(2):  # and so has the next on the connection
+            writes.clear()
+            writer.write(asked + b"\r\nHost: a\r\n\r\n")
+            await until(lambda: len(writes) == len(written))
+            for data, part in zip(writes, written, strict=True):
+                assert part in data
+            *_, answer = [data for data in writes if data.startswith(b"HTTP/1.1")]
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        writer.close()
+
+    run(scenario, app=app, protocol=Recording)
+
+
+@pytest.mark.parametrize(
     "sent",
     [
         b"GET http://a HTTP/1.1\r\nHost: a\r\n\r\n",
