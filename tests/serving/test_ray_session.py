@@ -108,6 +108,17 @@ def test_signals_of_the_terminal_do_not_reach_it(ray_session):
     ray_session.run(run())
 
 
+def test_it_stands_back_behind_nobody(ray_session):
+    """Ray's own default is a niceness of 15: the router alone would then slow its steps down."""
+
+    async def run():
+        async with Served(ray_session.handle()) as instance:
+            ours = os.getpriority(os.PRIO_PROCESS, 0)
+            assert os.getpriority(os.PRIO_PROCESS, instance.handle.pid) == ours
+
+    ray_session.run(run())
+
+
 # --- what Ray is told ---
 
 

@@ -11,6 +11,8 @@ OF_OUR_SESSION = {
     # No worker before it is asked for: each is 80 MB.
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
+    # Else 15: whatever else runs would hold the steps of an instance up, our own router first.
+    "RAY_worker_niceness": "0",
     # What it would kill are instances, whose memory is bounded; the kernel has the last word.
     "RAY_memory_monitor_refresh_ms": "0",
     # Else all workers end a minute after the head, and a second after the raylet.
