@@ -284,6 +284,7 @@ class _HeadWithBody:
     """The transport of one answer until it begins: its head goes with the first of its body.
 
     ASGI has it so, and it saves a packet and a waking of the client; uvicorn writes them apart.
+    An application that fails in between is one that never answered.
     """
 
     def __init__(self, cycle: RequestResponseCycle) -> None:

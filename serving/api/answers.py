@@ -119,14 +119,20 @@ async def _disconnected(request: Request) -> None:
 async def _chunks(
     group: StreamGroup, head: dict[str, Any], form: ChoiceForm
 ) -> AsyncIterator[sse.Chunks]:
-    """Yield the chunks of what is new at a time, until all choices have ended."""
+    """Yield the chunks of what is new at a time, until all choices have ended.
+
+    The first of a stream with scores goes alone: it may be megabytes.
+    """
     body = form.body
     seen: set[int] = set()
     async for deltas, is_last in group.news():
-        chunks = []
+        chunks: list[dict[str, Any]] = []
         for index, delta in deltas:
             stream, first = group.streams[index], index not in seen
             if first and _has_scores(stream):
+                if chunks:
+                    yield sse.Chunks(chunks, is_last=False)
+                    chunks = []
                 make = partial(_choice, form, index, delta, stream, first=True)
                 choice = await asyncio.to_thread(_in_pieces, make)
             else:

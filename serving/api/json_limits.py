@@ -55,8 +55,7 @@ class JsonRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **settings: Any) -> None:
         super().__init__(path, endpoint, **settings)
         takes = list(inspect.signature(endpoint).parameters)
-        field = self.body_field
-        is_optional = field is None or not field.field_info.is_required()
+        is_optional = self.body_field is None or not self.body_field.field_info.is_required()
         if takes == ["body", "request"] and not (is_optional or self.dependencies):
             self.app = self._serve
 

@@ -39,7 +39,7 @@ def event_stream(parts: AsyncIterator[Chunks], answer: OpenAnswer) -> EventRespo
         try:
             async for values, is_last in parts:
                 data = b"".join(map(event, values)) if values else KEEP_ALIVE
-                yield Frame(data + DONE, is_last=True) if is_last else Frame(data, is_last=False)
+                yield Frame(data + DONE if is_last else data, is_last)
                 is_first = False
         except RequestError as error:
             if is_first:

@@ -249,7 +249,7 @@ class StreamGroup:
                     deltas.append((index, delta))
                     if delta.finish_reason is not None:
                         del open_streams[index]
-            if deltas or self._is_nudged:
+            if deltas or (self._is_nudged and error is None):
                 self._is_nudged = False
                 yield News(deltas, is_last=not open_streams)
             if error is not None:  # after what came before it

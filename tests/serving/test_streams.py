@@ -51,10 +51,13 @@ def test_a_nudge_brings_nothing_unless_there_is_something():
         group.streams[0].deliver(0, encode("x")[0])
         deltas, _ = await anext(news)
         assert deltas, "that is sign enough"
+        group.wake.set()
+        late = asyncio.ensure_future(anext(news))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not late.done(), "the nudge before is not answered once more"
         group.streams[0].finish(FinishReason.STOP)
-        deltas, is_last = await anext(news)
-        assert deltas, "the nudge before is not answered once more"
-        assert is_last
+        assert (await late).is_last
 
     asyncio.run(scenario())
 
@@ -70,6 +73,32 @@ def test_an_error_comes_behind_what_came_before_it():
         assert not is_last
         with pytest.raises(GenerationFailed):
             await anext(news)
+
+    asyncio.run(scenario())
+
+
+def test_an_error_is_not_put_off_by_a_nudge():
+    """Else a stream would begin, for a client that could have had the status of the error."""
+
+    async def scenario():
+        group = make_group("a")
+        group.nudge()
+        group.streams[0].fail(GenerationFailed())
+        with pytest.raises(GenerationFailed):
+            await anext(group.news())
+
+    asyncio.run(scenario())
+
+
+def test_what_may_be_megabytes_goes_alone():
+    async def scenario():
+        async with Server(says("abc")) as server:
+            answer = await server.complete(
+                stream=True, n=3, echo=True, logprobs=1, prompt="a long one", max_tokens=2
+            )
+            firsts = [part for part in answer.parts if '"text":"a long one' in part]
+            assert len(firsts) == 3
+            assert all(part.count("a long one") == 1 for part in firsts)
 
     asyncio.run(scenario())
 
