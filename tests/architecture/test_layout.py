@@ -54,6 +54,19 @@ def test_what_is_heavy_is_imported_late(statement, absent):
     assert not modules_after(statement) & absent
 
 
+def test_ray_is_imported_by_its_own_process_alone_however_late():
+    """So neither what serves nor an instance can call it, for a request or for a token."""
+    importing = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            if any(name.partition(".")[0] == "ray" for name in names):
+                importing.add(path.relative_to(ROOT).as_posix())
+    assert importing == {f"serving/cluster/ray/{name}.py" for name in ("backend", "opening")}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_small_and_say_what_they_own(path):
     text = path.read_text()
