@@ -33,8 +33,7 @@ from scheduler.kv.blocks import BlockGroup
 from scheduler.types import KVGeometry, RequestId, SamplingParams
 
 if TYPE_CHECKING:
-    from engine.attention.protocol import AttentionBackend
-    from engine.kv.cache import KVCache
+    from engine.kernels.native import NativeKernels
     from engine.models.kernels import Kernels
     from engine.models.slices import DenseSlices
 
@@ -108,7 +107,7 @@ def _model_revision(config: EngineConfig, ready: Ready) -> str:
     Reading all weights would double the time to start: the config, and of each weight file its
     size, head and tail stand for them. Two models that differ in nothing of these are the same.
     """
-    digest = hashlib.sha256(f"{ready.dtype} {config.batch_invariant}".encode())
+    digest = hashlib.sha256(f"{ready.dtype} {ready.kernels} {config.batch_invariant}".encode())
     if config.model_folder is not None:
         digest.update((config.model_folder / "config.json").read_bytes())
         for path in sorted(config.model_folder.glob("*.safetensors")):
@@ -149,9 +148,9 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
     with times.phase("import", "importing torch"):
         import torch
 
+        from engine.attention.choice import with_attention
         from engine.executors.sequential import SequentialExecutor
-        from engine.kv.cache import KVCache, kv_geometry
-        from engine.models.registry import load_model
+        from engine.kv.cache import kv_geometry
     torch.set_num_threads(config.num_threads or machine.num_usable_cores())
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device, re.ASCII):
         raise CannotStart(f"--device {config.device} is not supported", "name cpu, cuda or cuda:0")
@@ -163,13 +162,7 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
     assert config.model_folder is not None
     _check_memory(config)
     with times.phase("weights", "reading weights"):
-        model = load_model(
-            config.model_folder,
-            config.dtype,
-            config.device,
-            lambda done, _: times.advance(done),
-            _kernels(config),
-        )
+        model, kernels = _load(config, times)
     shape = model.shape
     with times.phase("kv", "making KV memory"):
         if config.kv_memory_bytes is not None:
@@ -180,42 +173,58 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
             num_bytes = machine.default_kv_bytes()
         geometry = kv_geometry(shape, BLOCK_SIZE, num_bytes)
         _check_geometry(geometry, num_bytes)
-        cache = KVCache(shape, geometry)
     # A window that the KV memory cannot hold would only promise what is then refused.
     max_model_len = min(
         config.max_model_len or shape.max_model_len, shape.max_model_len, geometry.num_tokens
     )
-    attention = _attention(config, model, cache, times)
+    with times.phase("kernels", "proving kernels"):
+        cache, attention = with_attention(model, geometry, batch_invariant=config.batch_invariant)
     batch = PersistentBatch(config.max_num_running, max_model_len, BLOCK_SIZE)
     with times.phase("warm_up", "warming up"):
         scratch = PersistentBatch(1, BLOCK_SIZE, BLOCK_SIZE)
         _warm_up(SequentialExecutor(model, attention, cache, scratch), cache.scratch_block)
     executor = SequentialExecutor(model, attention, cache, batch)
     dtype = str(shape.dtype).removeprefix("torch.")
-    return executor, Ready(config.model_name, dtype, str(shape.device), max_model_len, geometry)
+    return executor, Ready(
+        config.model_name, dtype, str(shape.device), max_model_len, geometry, kernels=kernels
+    )
 
 
-def _kernels(config: EngineConfig) -> Kernels:
+def _load(config: EngineConfig, times: StartupTimes) -> tuple[DenseSlices, str]:
+    """Return the model and the name of the kernels it runs on, or why they are torch's."""
     import torch
 
+    from engine.kernels.llama import NotForNative
+    from engine.kernels.native import NativeKernels, NoKernels, UnknownKernels, choose
     from engine.models.invariant import invariant_kernels
     from engine.models.kernels import DEFAULT
+    from engine.models.registry import load_model
 
-    return invariant_kernels(torch.device(config.device)) if config.batch_invariant else DEFAULT
+    def load(kernels: Kernels | NativeKernels) -> DenseSlices:
+        assert config.model_folder is not None
+        return load_model(
+            config.model_folder,
+            config.dtype,
+            config.device,
+            lambda done, _: times.advance(done),
+            kernels,
+        )
 
-
-def _attention(
-    config: EngineConfig, model: DenseSlices, cache: KVCache, times: StartupTimes
-) -> AttentionBackend:
-    from engine.attention.invariant import InvariantAttention
-    from engine.attention.reference import ReferenceAttention
-    from engine.models.invariant import meet_weights
-
-    if not config.batch_invariant:
-        return ReferenceAttention(cache, model.shape.device)
-    with times.phase("kernels", "proving kernels"):
-        meet_weights(model)
-        return InvariantAttention(cache, model.shape)
+    try:
+        chosen = choose(torch.get_num_threads())
+    except UnknownKernels as error:
+        raise CannotStart(error.cause, error.remedy) from error
+    if config.device != "cpu":
+        chosen = NoKernels("")
+    if isinstance(chosen, NativeKernels):
+        try:
+            return load(chosen), chosen.level
+        except NotForNative as error:
+            chosen = NoKernels(str(error))
+    torch_kernels = DEFAULT
+    if config.batch_invariant:
+        torch_kernels = invariant_kernels(torch.device(config.device))
+    return load(torch_kernels), f"torch: {chosen.reason}" if chosen.reason else "torch"
 
 
 def _check_memory(config: EngineConfig) -> None:

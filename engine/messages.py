@@ -86,6 +86,7 @@ class Ready(_Message, frozen=True):
     startup_s: dict[str, float] = {}  # by phase
     max_num_running: int = 64
     max_num_waiting_tokens: int = 1024  # that keep it busy beside what runs
+    kernels: str = ""  # what computes: a level of instructions, or torch and why
 
 
 class Inspected(_Message, frozen=True):

@@ -3,7 +3,11 @@
 Layout `[block, layer, k|v, kv_head, slot, head_dim]`: a block group is one contiguous range of
 bytes, so a swap or a migration of a group is one copy; attention sees a strided view per layer.
 
-Shape legend: T tokens, G key/value heads, D head size.
+Packed, for the native kernels, the innermost two are put otherwise, so that both products of
+attention read whole vectors: keys [D / P][slot][P] and values [slot / P][D][P], where P numbers are
+32 bits.
+
+Shape legend: T tokens, G key/value heads, D head size, P numbers of 32 bits.
 """
 
 from __future__ import annotations
@@ -35,8 +39,9 @@ class KVCache:
     nobody asked for.
     """
 
-    def __init__(self, shape: ModelShape, geometry: KVGeometry) -> None:
+    def __init__(self, shape: ModelShape, geometry: KVGeometry, *, is_packed: bool = False) -> None:
         self.geometry = geometry
+        self.is_packed = is_packed
         self.scratch_block = geometry.num_blocks
         self._kv = _zeros(
             (
@@ -59,7 +64,10 @@ class KVCache:
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copy the first tokens of blocks, in order."""
         for source, target, num_tokens in copies:
-            self._kv[target, ..., :num_tokens, :] = self._kv[source, ..., :num_tokens, :]
+            for from_, to in zip(
+                self._tokens(source, num_tokens), self._tokens(target, num_tokens), strict=True
+            ):
+                to.copy_(from_)
 
     def write(
         self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TGD: Tensor, v_TGD: Tensor
@@ -71,8 +79,29 @@ class KVCache:
         value_cache[at] = v_TGD
         return key_cache, value_cache
 
+    def strides(self) -> tuple[int, int, int, int, int]:
+        """Return the address, and the distance in numbers of blocks, layers, k and v, heads."""
+        return self._kv.data_ptr(), *self._kv.stride()[:4]  # type: ignore[return-value]
+
+    def _tokens(self, block: int, num_tokens: int) -> list[Tensor]:
+        """Return views that are all of the first tokens of a block."""
+        kv = self._kv[block]
+        if not self.is_packed:
+            return [kv[..., :num_tokens, :]]
+        num_slots, head_dim = kv.shape[-2:]
+        pair = 4 // kv.dtype.itemsize
+        num_whole, rest = divmod(num_tokens, pair)
+        keys_LGX, values_LGX = kv[:, 0].flatten(-2), kv[:, 1].flatten(-2)
+        keys = torch.unflatten(keys_LGX, -1, (head_dim // pair, num_slots, pair))
+        values = torch.unflatten(values_LGX, -1, (num_slots // pair, head_dim, pair))
+        views = [keys[..., :num_tokens, :], values[:, :, :num_whole]]
+        if rest:
+            views.append(values[:, :, num_whole, :, :rest])
+        return views
+
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return views of the keys and the values, each [block, kv_head, slot, head_dim]."""
+        assert not self.is_packed
         return self._kv[:, layer, 0], self._kv[:, layer, 1]
 
 

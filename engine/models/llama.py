@@ -6,9 +6,9 @@ Q = (H + 2 G) D, S sampled rows, V vocabulary. Weights are [out, in], as `F.line
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.models.errors import ModelFormatError
 from engine.models.kernels import DEFAULT, Kernels
 from engine.models.layers import rope_frequencies, rotate
-from engine.models.slices import Carry, ModelShape, Projected
+from engine.models.slices import ModelShape, Projected
 from engine.models.weights import Checkpoint
 
 
@@ -78,7 +78,9 @@ class LlamaConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
+    """Weights of one layer; q, k and v are one matrix, gate and up another."""
+
     attention_norm_E: Tensor
     qkv_QE: Tensor
     out_EX: Tensor  # X = H D
@@ -88,11 +90,57 @@ class _Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Weights:
+class Weights:
+    """Weights of a model; the layers are read as they are asked for, once."""
+
     embedding_VE: Tensor
-    layers: list[_Layer]
+    layers: Iterator[Layer]
     norm_E: Tensor
-    head_VE: Tensor  # in fp32, see `LlamaSlices.last`
+    head_VE: Tensor
+
+
+def read_weights(
+    c: LlamaConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_layer: Callable[[int, int], None],
+) -> Weights:
+    """Raises ModelFormatError, at the latest with the last layer, for what is not as it should be."""
+    e, f, x, g = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads
+
+    def take(name: str, *shape: int) -> Tensor:
+        return checkpoint.take(f"{name}.weight", shape).to(device=device, dtype=dtype)
+
+    def layers() -> Iterator[Layer]:
+        for index in range(c.num_layers):
+            at = f"model.layers.{index}"
+            qkv = [
+                take(f"{at}.self_attn.{name}_proj", rows, e)
+                for name, rows in (("q", x), ("k", g * c.head_dim), ("v", g * c.head_dim))
+            ]
+            on_layer(index + 1, c.num_layers)
+            yield Layer(
+                attention_norm_E=take(f"{at}.input_layernorm", e),
+                qkv_QE=torch.cat(qkv),
+                out_EX=take(f"{at}.self_attn.o_proj", e, x),
+                mlp_norm_E=take(f"{at}.post_attention_layernorm", e),
+                gate_up_2FE=torch.cat([take(f"{at}.mlp.{n}_proj", f, e) for n in ("gate", "up")]),
+                down_EF=take(f"{at}.mlp.down_proj", e, f),
+            )
+        checkpoint.finish(
+            unused=lambda name: (
+                "rotary_emb.inv_freq" in name or (c.tied and name == "lm_head.weight")
+            )
+        )
+
+    embedding = take("model.embed_tokens", c.vocab_size, e)
+    return Weights(
+        embedding_VE=embedding,
+        layers=layers(),
+        norm_E=take("model.norm", e),
+        head_VE=embedding if c.tied else take("lm_head", c.vocab_size, e),
+    )
 
 
 def load(
@@ -103,49 +151,30 @@ def load(
     on_layer: Callable[[int, int], None],
     kernels: Kernels = DEFAULT,
 ) -> LlamaSlices:
-    """Read the weights; q, k and v become one matrix, gate and up another."""
+    """Read the weights into slices of torch's operators."""
     c = LlamaConfig.parse(config)
-    e, f, x, g = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads
+    return LlamaSlices(c, read_weights(c, checkpoint, dtype, device, on_layer), kernels)
 
-    def take(name: str, *shape: int) -> Tensor:
-        return checkpoint.take(f"{name}.weight", shape).to(device=device, dtype=dtype)
 
-    def layer(index: int) -> _Layer:
-        at = f"model.layers.{index}"
-        qkv = [
-            take(f"{at}.self_attn.{name}_proj", rows, e)
-            for name, rows in (("q", x), ("k", g * c.head_dim), ("v", g * c.head_dim))
-        ]
-        on_layer(index + 1, c.num_layers)
-        return _Layer(
-            attention_norm_E=take(f"{at}.input_layernorm", e),
-            qkv_QE=torch.cat(qkv),
-            out_EX=take(f"{at}.self_attn.o_proj", e, x),
-            mlp_norm_E=take(f"{at}.post_attention_layernorm", e),
-            gate_up_2FE=torch.cat([take(f"{at}.mlp.{n}_proj", f, e) for n in ("gate", "up")]),
-            down_EF=take(f"{at}.mlp.down_proj", e, f),
-        )
+class LlamaCarry(NamedTuple):
+    """See `engine.models.slices.Carry`."""
 
-    embedding = take("model.embed_tokens", c.vocab_size, e)
-    head = embedding if c.tied else take("lm_head", c.vocab_size, e)
-    weights = _Weights(
-        embedding_VE=embedding,
-        layers=[layer(index) for index in range(c.num_layers)],
-        norm_E=take("model.norm", e),
-        head_VE=head.to(torch.float32),
-    )
-    checkpoint.finish(
-        unused=lambda name: "rotary_emb.inv_freq" in name or (c.tied and name == "lm_head.weight")
-    )
-    return LlamaSlices(c, weights, kernels)
+    residual_TE: Tensor
+    cos_T1D: Tensor
+    sin_T1D: Tensor
 
 
 class LlamaSlices:
     """See `engine.models.slices`."""
 
-    def __init__(self, config: LlamaConfig, weights: _Weights, kernels: Kernels) -> None:
+    def __init__(self, config: LlamaConfig, weights: Weights, kernels: Kernels) -> None:
         self._config = config
-        self._weights = weights
+        self._embedding_VE = weights.embedding_VE
+        self._layers = list(weights.layers)
+        self._norm_E = weights.norm_E
+        # Logits in bfloat16 lie up to 1/8 apart: the likeliest tokens would often be equal, and the
+        # lowest id win over the better token.
+        self._head_VE = weights.head_VE.to(torch.float32)
         self._linear, self._silu = kernels.linear, kernels.silu
         table = weights.embedding_VE
         self._frequency_P = rope_frequencies(config.head_dim, config.rope).to(table.device)
@@ -160,34 +189,34 @@ class LlamaSlices:
             device=table.device,
         )
 
-    def first(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[Carry, Projected]:
+    def first(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[LlamaCarry, Projected]:
         angle_TP = positions_T.to(torch.float32)[:, None] * self._frequency_P
         angle_T1D = torch.cat((angle_TP, angle_TP), dim=-1)[:, None]
-        carry = Carry(
-            F.embedding(token_ids_T, self._weights.embedding_VE),
+        carry = LlamaCarry(
+            F.embedding(token_ids_T, self._embedding_VE),
             angle_T1D.cos().to(self.shape.dtype),
             angle_T1D.sin().to(self.shape.dtype),
         )
         return carry, self._project(0, carry)
 
-    def middle(self, layer: int, carry: Carry, attended_THD: Tensor) -> tuple[Carry, Projected]:
+    def middle(
+        self, layer: int, carry: LlamaCarry, attended_THD: Tensor
+    ) -> tuple[LlamaCarry, Projected]:
         residual_TE = self._finish(layer - 1, carry.residual_TE, attended_THD)
         carry = carry._replace(residual_TE=residual_TE)
         return carry, self._project(layer, carry)
 
-    def last(self, carry: Carry, attended_THD: Tensor, tokens_S: Tensor) -> Tensor:
+    def last(self, carry: LlamaCarry, attended_THD: Tensor, tokens_S: Tensor) -> Tensor:
         # Only the sampled tokens go on: the others' hidden states are read by nobody.
         residual_SE = self._finish(
             self.shape.num_layers - 1, carry.residual_TE[tokens_S], attended_THD[tokens_S]
         )
-        hidden_SE = self._norm(residual_SE, self._weights.norm_E)
-        # Logits in bfloat16 lie up to 1/8 apart: the likeliest tokens would often be equal, and the
-        # lowest id win over the better token.
-        return self._linear(hidden_SE.to(torch.float32), self._weights.head_VE)
+        hidden_SE = self._norm(residual_SE, self._norm_E)
+        return self._linear(hidden_SE.to(torch.float32), self._head_VE)
 
-    def _project(self, layer: int, carry: Carry) -> Projected:
+    def _project(self, layer: int, carry: LlamaCarry) -> Projected:
         """Norm, q, k, v, RoPE."""
-        shape, weights = self.shape, self._weights.layers[layer]
+        shape, weights = self.shape, self._layers[layer]
         hidden_TE = self._norm(carry.residual_TE, weights.attention_norm_E)
         qkv_TQD = self._linear(hidden_TE, weights.qkv_QE).view(len(hidden_TE), -1, shape.head_dim)
         qk_TID, v_TGD = torch.split(
@@ -199,7 +228,7 @@ class LlamaSlices:
 
     def _finish(self, layer: int, residual_TE: Tensor, attended_THD: Tensor) -> Tensor:
         """Output projection and MLP of a layer, each added to the residual stream."""
-        weights = self._weights.layers[layer]
+        weights = self._layers[layer]
         residual_TE = residual_TE + self._linear(attended_THD.flatten(1), weights.out_EX)
         hidden_TE = self._norm(residual_TE, weights.mlp_norm_E)
         gate_TF, up_TF = self._linear(hidden_TE, weights.gate_up_2FE).chunk(2, dim=-1)

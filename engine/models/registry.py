@@ -6,18 +6,26 @@ import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from engine.kernels.native import NativeKernels
 from engine.models.errors import ModelFormatError
 from engine.models.kernels import DEFAULT, Kernels
 from engine.models.slices import DenseSlices
 from engine.models.weights import Checkpoint
 
-# architecture in config.json -> module:function(config, checkpoint, dtype, device, on_layer,
-# kernels)
-ARCHITECTURES = {"LlamaForCausalLM": "engine.models.llama:load"}
+
+class Family(NamedTuple):
+    """The modules whose `load` makes a family's slices."""
+
+    torch: str
+    native: str
+
+
+# By the architecture that config.json names.
+ARCHITECTURES = {"LlamaForCausalLM": Family("engine.models.llama", "engine.kernels.llama")}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,11 +64,12 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     on_layer: Callable[[int, int], None] = lambda _done, _total: None,
-    kernels: Kernels = DEFAULT,
+    kernels: Kernels | NativeKernels = DEFAULT,
 ) -> DenseSlices:
     """Read the model in `folder`; `on_layer(done, total)` reports progress.
 
-    Raises ModelFormatError for what is not supported or not complete.
+    Raises ModelFormatError for what is not supported or not complete, NotForNative for shapes that
+    native kernels do not take.
     """
     config = read_config(folder)
     names = config.get("architectures")
@@ -71,11 +80,11 @@ def load_model(
         raise ModelFormatError(
             f"architecture {names[0]} is not supported", f"use a model of: {known}"
         )
-    module_name, function = ARCHITECTURES[names[0]].split(":")
+    family = ARCHITECTURES[names[0]]
+    module = import_module(family.native if isinstance(kernels, NativeKernels) else family.torch)
     where = torch.device(device)
-    load = getattr(import_module(module_name), function)
     with torch.inference_mode():
-        slices: DenseSlices = load(
+        slices: DenseSlices = module.load(
             config,
             Checkpoint(folder),
             resolve_dtype(dtype, config, where),

@@ -12,7 +12,7 @@ rows, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,12 +37,11 @@ class ModelShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
-class Carry(NamedTuple):
-    """What one slice hands to the next, for the same tokens. Opaque to executors."""
+class Carry(Protocol):
+    """What one slice hands to the next, for the same tokens: a family's own affair but for this."""
 
-    residual_TE: Tensor
-    cos_T1D: Tensor
-    sin_T1D: Tensor
+    @property
+    def residual_TE(self) -> Tensor: ...
 
 
 class Projected(NamedTuple):
@@ -54,7 +53,11 @@ class Projected(NamedTuple):
 
 
 class DenseSlices(Protocol):
-    """A model family implements this and nothing else; it never sees attention or KV memory."""
+    """A model family implements this and nothing else; it never sees attention or KV memory.
+
+    What a call returns may be memory of the model's own, which later calls overwrite: the carry and
+    the projections are good until the next call for the same batch, the logits for ever.
+    """
 
     @property
     def shape(self) -> ModelShape: ...
@@ -63,10 +66,10 @@ class DenseSlices(Protocol):
         """Embed, and project layer 0."""
         ...
 
-    def middle(self, layer: int, carry: Carry, attended_THD: Tensor) -> tuple[Carry, Projected]:
+    def middle(self, layer: int, carry: Any, attended_THD: Tensor) -> tuple[Carry, Projected]:
         """Finish layer - 1 with its attention output, and project `layer` (1 to L - 1)."""
         ...
 
-    def last(self, carry: Carry, attended_THD: Tensor, tokens_S: Tensor) -> Tensor:
+    def last(self, carry: Any, attended_THD: Tensor, tokens_S: Tensor) -> Tensor:
         """Finish layer L - 1 and return fp32 logits_SV of the tokens with these indices into T."""
         ...

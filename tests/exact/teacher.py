@@ -1,7 +1,7 @@
 """Runs prompts through the real scheduler and executor, and dictates their tokens if asked to.
 
 Owns the only loop here: InstanceScheduler plans, SequentialExecutor computes over
-ReferenceAttention, and nothing is replaced but the sampler, which is the executor's own seam. It
+the attention of the slices, and nothing is replaced but the sampler, which is the executor's own seam. It
 knows no reference and judges nothing.
 
 Shape legend: N requests, P forced positions of each, S rows that sample in a step, V vocabulary.
@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.attention.reference import ReferenceAttention
+from engine.attention.choice import with_attention
 from engine.batch import PersistentBatch
 from engine.executors.sequential import Sampler, SequentialExecutor
-from engine.kv.cache import KVCache
 from engine.models.slices import DenseSlices
 from engine.sampler import SamplingRows, sample
 from scheduler.config import InstanceConfig
@@ -168,10 +167,10 @@ def _instance(
         max_num_batched_tokens=stage.budget,
         max_num_running=stage.max_num_running,
     )
-    cache = KVCache(model.shape, geometry)
+    cache, attention = with_attention(model, geometry)
     executor = SequentialExecutor(
         model,
-        ReferenceAttention(cache, model.shape.device),
+        attention,
         cache,
         PersistentBatch(stage.max_num_running, max_model_len, stage.block_size),
         sampler=sampler,

@@ -1,0 +1,1 @@
+"""Native CPU kernels: how they are found, and the slices that are made of them."""

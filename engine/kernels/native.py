@@ -1,0 +1,68 @@
+"""Which native kernels this process can use: the level of instructions, or why there is none.
+
+Owns the choice and nothing else; the kernels themselves are in `native/`. The environment variable
+HOCKET_KERNELS forces a level, or `torch` for none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+VARIABLE = "HOCKET_KERNELS"
+TORCH = "torch"
+
+
+class UnknownKernels(Exception):
+    """HOCKET_KERNELS names kernels that this machine or installation does not have."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(cause, remedy)
+        self.cause = cause
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True)
+class NativeKernels:
+    """Kernels of one level of instructions, on so many threads."""
+
+    level: str
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoKernels:
+    """Torch's operators do the work; `reason` says why, in words for the user."""
+
+    reason: str
+
+
+def extension() -> Any:
+    """Return the compiled module. Raises ImportError where it was not built."""
+    return importlib.import_module("engine.kernels._native")
+
+
+def choose(num_threads: int) -> NativeKernels | NoKernels:
+    """Return the best kernels of this machine, or those that the environment asks for.
+
+    Raises UnknownKernels if it asks for what is not there.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == TORCH:
+        return NoKernels(f"{VARIABLE}={TORCH}")
+    try:
+        levels: list[str] = extension().levels()
+    except ImportError:
+        levels, reason = [], "Hocket was installed without a C++ compiler"
+    else:
+        reason = "this processor has no AVX2"
+    if wanted:
+        if wanted not in levels:
+            known = ", ".join((TORCH, *levels))
+            raise UnknownKernels(
+                f"{VARIABLE}={wanted}: there are no such kernels here", f"name one of: {known}"
+            )
+        return NativeKernels(wanted, num_threads)
+    return NativeKernels(levels[-1], num_threads) if levels else NoKernels(reason)
