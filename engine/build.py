@@ -33,6 +33,7 @@ from scheduler.kv.blocks import BlockGroup
 from scheduler.types import KVGeometry, RequestId, SamplingParams
 
 if TYPE_CHECKING:
+    from engine.backend import Backend
     from engine.kernels.native import NativeKernels
     from engine.models.kernels import Kernels
     from engine.models.slices import DenseSlices
@@ -148,8 +149,7 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
     with times.phase("import", "importing torch"):
         import torch
 
-        from engine.attention.choice import with_attention
-        from engine.executors.sequential import SequentialExecutor
+        from engine.backend import backend_of
         from engine.kv.cache import kv_geometry
     torch.set_num_threads(config.num_threads or machine.num_usable_cores())
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device, re.ASCII):
@@ -178,16 +178,22 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
         config.max_model_len or shape.max_model_len, shape.max_model_len, geometry.num_tokens
     )
     with times.phase("kernels", "proving kernels"):
-        cache, attention = with_attention(model, geometry, batch_invariant=config.batch_invariant)
+        backend = backend_of(model, geometry, batch_invariant=config.batch_invariant)
     batch = PersistentBatch(config.max_num_running, max_model_len, BLOCK_SIZE)
     with times.phase("warm_up", "warming up"):
         scratch = PersistentBatch(1, BLOCK_SIZE, BLOCK_SIZE)
-        _warm_up(SequentialExecutor(model, attention, cache, scratch), cache.scratch_block)
-    executor = SequentialExecutor(model, attention, cache, batch)
+        _warm_up(_executor(model, backend, scratch), backend.cache.scratch_block)
+    executor = _executor(model, backend, batch)
     dtype = str(shape.dtype).removeprefix("torch.")
     return executor, Ready(
         config.model_name, dtype, str(shape.device), max_model_len, geometry, kernels=kernels
     )
+
+
+def _executor(model: DenseSlices, backend: Backend, batch: PersistentBatch) -> Executor:
+    from engine.executors.sequential import SequentialExecutor
+
+    return SequentialExecutor(model, backend.attention, backend.cache, batch, rows=backend.rows)
 
 
 def _load(config: EngineConfig, times: StartupTimes) -> tuple[DenseSlices, str]:

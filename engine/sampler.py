@@ -21,6 +21,7 @@ slab, V vocabulary, B buckets, 1 a kept dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,16 +96,20 @@ class SamplingRows:
         )
 
 
-def sample(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
+def sample(
+    logits_SV: Tensor,
+    rows: SamplingRows,
+    argmax: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """One token id a row (`token_ids_S`, int64). Leaves `logits_SV` as it was.
 
     -inf forbids a token. A row with NaN or +inf, or with every token forbidden, has no right
-    answer: it gets some id of the vocabulary, never an error.
+    answer: it gets some id of the vocabulary, never an error. `argmax` is a faster `first_argmax`.
     """
     num_rows, vocab_size = logits_SV.shape
     num_sampled = rows.sampled_rows.shape[0]
     if num_sampled < num_rows:
-        token_ids_S = _first_argmax(logits_SV.float())
+        token_ids_S = (argmax or first_argmax)(logits_SV.float())
     else:
         token_ids_S = torch.empty(num_rows, dtype=torch.int64, device=logits_SV.device)
     slab = slab_rows(max(vocab_size, _DIGIT_MASK + 1), logits_SV.device)
@@ -136,10 +141,10 @@ def _sample_slab(
     bits_RV = uniform_bits(
         rows.seed_S[slab_R], rows.choice_S[slab_R], rows.position_S[slab_R], logits_SV.shape[1]
     )
-    return _first_argmax(scores_RV.sub_(_log_exponential(bits_RV)))
+    return first_argmax(scores_RV.sub_(_log_exponential(bits_RV)))
 
 
-def _first_argmax(scores_SV: Tensor) -> Tensor:
+def first_argmax(scores_SV: Tensor) -> Tensor:
     """Index of each row's maximum, the lowest id of a tie on every device and for every shape."""
     vocab_size = scores_SV.shape[1]
     ids_V = torch.arange(vocab_size, dtype=torch.int32, device=scores_SV.device)

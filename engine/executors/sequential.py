@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from engine.isolation import RowResults, StepRunner
 from engine.kv.cache import KVCache
 from engine.logprobs import prompt_logprobs, sampled_logprobs
 from engine.models.slices import Carry, DenseSlices
+from engine.rows import RowKernels, TorchRows
 from engine.rules import apply_rules
 from engine.sampler import SamplingRows, sample
 from scheduler.instance.plan import Failure, Join, SampledToken, StepPlan, StepResult
@@ -38,13 +40,15 @@ class SequentialExecutor:
         cache: KVCache,
         batch: PersistentBatch,
         *,
-        sampler: Sampler = sample,
+        rows: RowKernels | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
         self._cache = cache
         self._batch = batch
-        self._sampler = sampler
+        self._rows = rows or TorchRows()
+        self._sampler = sampler or partial(sample, argmax=self._rows.argmax)
         self._runner = StepRunner(batch, self._compute, self._canary)
         self._results: deque[StepResult] = deque()
 
@@ -74,7 +78,7 @@ class SequentialExecutor:
         results = RowResults(prompt_logprobs=list(prompt_logprobs(batch.prompt_scores, logits_of)))
         if len(batch.sample_rows_S):  # else all chunks end before their prompts do
             logits_SV = logits_of(batch.sample_tokens_S)
-            is_finite_S = logits_SV.amax(dim=1).isfinite().cpu().numpy()  # NaN wins the maximum
+            is_finite_S = self._rows.peaks(logits_SV).isfinite().cpu().numpy()
             is_finite_R[batch.sample_rows_S] &= is_finite_S
             self._sample(batch, logits_SV, is_finite_R, results)
         for row in np.flatnonzero(~is_finite_R).tolist():
@@ -102,10 +106,8 @@ class SequentialExecutor:
 
         A chunk that samples nothing has no logits to look at, but its keys and values are kept.
         """
-        peak_T = torch.maximum(
-            carry.residual_TE.abs().amax(dim=1), attended_THD.flatten(1).abs().amax(dim=1)
-        )
-        is_finite_T = peak_T.isfinite().cpu().numpy()
+        is_finite_T = self._rows.are_finite(carry.residual_TE)
+        is_finite_T &= self._rows.are_finite(attended_THD.flatten(1))
         return np.logical_and.reduceat(is_finite_T, batch.query_start_R1[:-1])
 
     def _sample(

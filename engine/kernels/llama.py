@@ -139,7 +139,7 @@ class NativeLlama:
         self._model.middle(layer, self._batch.native, attended_THD.data_ptr(), len(attended_THD))
         return carry, carry.projected
 
-    def last(self, carry: NativeCarry, attended_THD: Tensor, tokens_S: Tensor) -> Tensor:
+    def last(self, _carry: NativeCarry, attended_THD: Tensor, tokens_S: Tensor) -> Tensor:
         num_rows = len(tokens_S)
         self._sampled = sampled = self._at_least(num_rows, self._sampled)
         logits_SV = torch.empty(num_rows, self.shape.vocab_size)

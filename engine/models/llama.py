@@ -106,7 +106,7 @@ def read_weights(
     device: torch.device,
     on_layer: Callable[[int, int], None],
 ) -> Weights:
-    """Raises ModelFormatError, at the latest with the last layer, for what is not as it should be."""
+    """Raises ModelFormatError, at the latest with the last layer, for what is not as it should."""
     e, f, x, g = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads
 
     def take(name: str, *shape: int) -> Tensor:

@@ -41,7 +41,7 @@ class Carry(Protocol):
     """What one slice hands to the next, for the same tokens: a family's own affair but for this."""
 
     @property
-    def residual_TE(self) -> Tensor: ...
+    def residual_TE(self) -> Tensor: ...  # noqa: N802
 
 
 class Projected(NamedTuple):

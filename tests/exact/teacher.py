@@ -1,8 +1,8 @@
 """Runs prompts through the real scheduler and executor, and dictates their tokens if asked to.
 
-Owns the only loop here: InstanceScheduler plans, SequentialExecutor computes over
-the attention of the slices, and nothing is replaced but the sampler, which is the executor's own seam. It
-knows no reference and judges nothing.
+Owns the only loop here: InstanceScheduler plans, SequentialExecutor computes over the attention
+that goes with the slices, and nothing is replaced but the sampler, which is the executor's own
+seam. It knows no reference and judges nothing.
 
 Shape legend: N requests, P forced positions of each, S rows that sample in a step, V vocabulary.
 """
@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.attention.choice import with_attention
+from engine.backend import backend_of
 from engine.batch import PersistentBatch
 from engine.executors.sequential import Sampler, SequentialExecutor
 from engine.models.slices import DenseSlices
-from engine.sampler import SamplingRows, sample
+from engine.sampler import SamplingRows
 from scheduler.config import InstanceConfig
 from scheduler.instance.scheduler import InstanceScheduler
 from scheduler.types import (
@@ -103,7 +103,7 @@ def play(
     prompts: Sequence[Sequence[int]],
     num_outputs: int,
     stage: Stage,
-    sampler: Sampler = sample,
+    sampler: Sampler | None = None,
 ) -> Played:
     """Run the prompts together until each has `num_outputs` tokens; nothing stops one earlier."""
     max_model_len = max(len(prompt) for prompt in prompts) + num_outputs
@@ -155,7 +155,7 @@ def _is_due(number: int, num_steps: int, stage: Stage) -> bool:
 
 
 def _instance(
-    model: DenseSlices, stage: Stage, max_model_len: int, sampler: Sampler
+    model: DenseSlices, stage: Stage, max_model_len: int, sampler: Sampler | None
 ) -> tuple[InstanceScheduler, SequentialExecutor]:
     geometry = KVGeometry(
         block_size=stage.block_size,
@@ -167,12 +167,13 @@ def _instance(
         max_num_batched_tokens=stage.budget,
         max_num_running=stage.max_num_running,
     )
-    cache, attention = with_attention(model, geometry)
+    backend = backend_of(model, geometry)
     executor = SequentialExecutor(
         model,
-        attention,
-        cache,
+        backend.attention,
+        backend.cache,
         PersistentBatch(stage.max_num_running, max_model_len, stage.block_size),
+        rows=backend.rows,
         sampler=sampler,
     )
     return InstanceScheduler(config, geometry), executor

@@ -98,10 +98,17 @@ INLINE void emit(const AttentionArgs& a, int token, int head, const float* whole
   }
 }
 
+// The blocks of a segment, of one layer and head, and of the segment that comes next.
+template <class W>
+struct Segment {
+  const W* blocks[kSegmentBlocks];
+  const W* next[kSegmentBlocks];
+};
+
 // Rows [row, row + M) of an item and one segment: scores, weights, weighted values.
-template <class Num, int M>
+template <class Num, int M, bool kFetch>
 INLINE void attend_rows(const AttentionArgs& a, const Scratch<Num>& s, int row, const int* visible,
-                        const typename Num::W* const (&blocks)[kSegmentBlocks]) {
+                        const Segment<typename Num::W>& segment) {
   using W = typename Num::W;
   using A = typename Num::A;
   const int dim = a.head_dim;
@@ -109,7 +116,12 @@ INLINE void attend_rows(const AttentionArgs& a, const Scratch<Num>& s, int row, 
   UNROLL for (int m = 0; m < M; m++) {
     UNROLL for (int j = 0; j < kSegmentBlocks; j++) score[m][j] = zero();
   }
-  accumulate<Num, M, kSegmentBlocks, false>(score, s.query + row * dim, dim, blocks, kSlots * Num::kPair, dim);
+  Alike<W, kFetch ? kSegmentBlocks : 0> keys_ahead;
+  keys_ahead.step = kSlots * Num::kPair;
+  if constexpr (kFetch) {
+    UNROLL for (int j = 0; j < kSegmentBlocks; j++) keys_ahead.w[j] = segment.next[j];
+  }
+  accumulate<Num, M, kSegmentBlocks>(score, s.query + row * dim, dim, segment.blocks, kSlots * Num::kPair, dim, keys_ahead);
   const Vec factor = set1(a.scale * 1.44269504f);
   float shrink[M];
   UNROLL for (int m = 0; m < M; m++) {
@@ -136,8 +148,6 @@ INLINE void attend_rows(const AttentionArgs& a, const Scratch<Num>& s, int row, 
     const Vec scaling = exp2(set1(shrink[m]));
     store(sums, fma(load(sums), scaling, total));
   }
-  const W* values[kSegmentBlocks];
-  UNROLL for (int j = 0; j < kSegmentBlocks; j++) values[j] = blocks[j] + a.cache.value_offset;
   const auto weigh = [&](auto width, int d) INLINE_LAMBDA {
     constexpr int J = decltype(width)::value;
     Vec out[M][J];
@@ -147,9 +157,15 @@ INLINE void attend_rows(const AttentionArgs& a, const Scratch<Num>& s, int row, 
     }
     for (int block = 0; block < kSegmentBlocks; block++) {
       const W* columns[J];
-      UNROLL for (int j = 0; j < J; j++) columns[j] = values[block] + (d + j * kLanes) * Num::kPair;
+      Alike<W, kFetch ? J : 0> values_ahead;
+      values_ahead.step = dim * Num::kPair;
+      UNROLL for (int j = 0; j < J; j++) {
+        const int64_t at = a.cache.value_offset + (d + j * kLanes) * Num::kPair;
+        columns[j] = segment.blocks[block] + at;
+        if constexpr (kFetch) values_ahead.w[j] = segment.next[block] + at;
+      }
       const A* const weight = s.weight + block * kSlots;
-      accumulate<Num, M, J, false>(out, weight, kSegment, columns, dim * Num::kPair, kSlots);
+      accumulate<Num, M, J>(out, weight, kSegment, columns, dim * Num::kPair, kSlots, values_ahead);
     }
     UNROLL for (int m = 0; m < M; m++) {
       UNROLL for (int j = 0; j < J; j++) store(s.out + (row + m) * dim + d + j * kLanes, out[m][j]);
@@ -162,43 +178,63 @@ INLINE void attend_rows(const AttentionArgs& a, const Scratch<Num>& s, int row, 
 
 template <class Num, int M>
 static void attend_some(int num, const AttentionArgs& a, const Scratch<Num>& s, int row,
-                        const int* visible, const typename Num::W* const (&blocks)[kSegmentBlocks]) {
+                        const int* visible, const Segment<typename Num::W>& segment) {
   if constexpr (M > 0) {
-    if (num == M) return attend_rows<Num, M>(a, s, row, visible, blocks);
-    attend_some<Num, M - 1>(num, a, s, row, visible, blocks);
+    if (num == M) {
+      // The first rows read ahead for all.
+      if (row == 0) return attend_rows<Num, M, true>(a, s, row, visible, segment);
+      return attend_rows<Num, M, false>(a, s, row, visible, segment);
+    }
+    attend_some<Num, M - 1>(num, a, s, row, visible, segment);
+  }
+}
+
+// The blocks of the segment that starts at `key`; past the end of the keys the last block, where
+// all is masked.
+template <class Num>
+INLINE void find_blocks(const AttentionArgs& a, const AttentionItem& item, int key,
+                        const typename Num::W* (&blocks)[kSegmentBlocks]) {
+  using W = typename Num::W;
+  const int32_t* const table = a.prepared->table.data() + static_cast<int64_t>(item.row) * a.prepared->table_width;
+  const W* const layer = static_cast<const W*>(a.cache.data) + a.layer * a.cache.layer_stride +
+                         item.head * a.cache.head_stride;
+  const int last = (item.position + item.num_tokens - 1) / kSlots;
+  for (int j = 0; j < kSegmentBlocks; j++) {
+    blocks[j] = layer + table[min_of(key / kSlots + j, last)] * a.cache.block_stride;
   }
 }
 
 template <class Num>
-static void attend_item(const AttentionArgs& a, const AttentionItem& item, const Scratch<Num>& s) {
+static void attend_item(const AttentionArgs& a, const AttentionItem& item,
+                        const AttentionItem& next_item, const Scratch<Num>& s) {
   using W = typename Num::W;
   using A = typename Num::A;
   const int dim = a.head_dim, group = a.num_heads / a.num_kv_heads;
   const int num_rows = item.num_tokens * group;
   const int end = item.position + item.num_tokens;  // of the keys that the last token sees
-  const int32_t* const table = a.prepared->table.data() + static_cast<int64_t>(item.row) * a.prepared->table_width;
-  const W* const layer = static_cast<const W*>(a.cache.data) + a.layer * a.cache.layer_stride +
-                         item.head * a.cache.head_stride;
   for (int i = 0; i < item.num_tokens; i++) {
     const A* const from = static_cast<const A*>(a.query) + (item.token + i) * a.stride + item.head * group * dim;
     memcpy(s.query + i * group * dim, from, group * dim * sizeof(A));
   }
   int visible[kMaxGroup];
+  const int last_end = min_of(end, (item.first_part + item.num_parts) * kPart);
   for (int part = item.first_part; part < item.first_part + item.num_parts; part++) {
     for (int r = 0; r < num_rows; r++) s.max[r] = kLowest;
     memset(s.sums, 0, num_rows * kLanes * sizeof(float));
     memset(s.out, 0, static_cast<int64_t>(num_rows) * dim * sizeof(float));
     const int part_end = min_of(end, (part + 1) * kPart);
     for (int key = part * kPart; key < part_end; key += kSegment) {
-      const W* blocks[kSegmentBlocks];
-      for (int j = 0; j < kSegmentBlocks; j++) {
-        const int index = min_of(key / kSlots + j, (end - 1) / kSlots);  // past the end: masked
-        blocks[j] = layer + table[index] * a.cache.block_stride;
+      Segment<W> segment;
+      find_blocks<Num>(a, item, key, segment.blocks);
+      if (key + kSegment < last_end) {
+        find_blocks<Num>(a, item, key + kSegment, segment.next);
+      } else {
+        find_blocks<Num>(a, next_item, next_item.first_part * kPart, segment.next);
       }
       for (int r = 0; r < num_rows; r++) visible[r] = max_of(0, item.position + r / group + 1 - key);
       for (int r = 0; r < num_rows; r += kScoreRows) {
         const int num = min_of(kScoreRows, num_rows - r);
-        if (visible[r + num - 1] > 0) attend_some<Num, kScoreRows>(num, a, s, r, visible, blocks);
+        if (visible[r + num - 1] > 0) attend_some<Num, kScoreRows>(num, a, s, r, visible, segment);
       }
     }
     for (int r = 0; r < num_rows; r++) {
@@ -248,7 +284,7 @@ static void attend(Member& me, const AttentionArgs& a) {
     const AttentionItem& item = p.items[i];
     const bool has_own_key = item.first_part + item.num_parts > item.position / kPart;
     if (!writes_first && has_own_key) write_token<Num>(a, item.token, item.head, item.head + 1);
-    attend_item<Num>(a, item, s);
+    attend_item<Num>(a, item, p.items[min_of(i + 1, static_cast<int>(p.items.size()) - 1)], s);
   });
   if (!is_attended || p.merges.empty()) return;
   me.each(static_cast<int>(p.merges.size()), [&](int i) {

@@ -17,6 +17,8 @@ constexpr int kTileRows = 3;
 #endif
 // Bytes of rows that stay in a core's own cache while the panels pass.
 constexpr int kRowBlockBytes = 1 << 20;
+constexpr int kMaxTiles = 32;
+constexpr int kSlice = 256;  // of the depth: 16 KiB of a bf16 panel, 12 KiB of a tile of rows
 
 struct Packed {
   const void* data;
@@ -26,15 +28,33 @@ struct Packed {
 
 INLINE int num_panels(const Packed& w) { return (w.num_columns + kPanel - 1) / kPanel; }
 
+// What to read into the caches while something else is computed: called once a step.
+template <int kLines>
+struct Ahead {  // one stretch of memory, `kLines` lines of 64 bytes a step
+  const char* from;
+  INLINE_LAMBDA void operator()(int k) const {
+    UNROLL for (int i = 0; i < kLines; i++) _mm_prefetch(from + (k * kLines + i) * 64, _MM_HINT_T1);
+  }
+};
+
+template <class W, int J>
+struct Alike {  // what lies elsewhere as that which is multiplied lies here
+  const W* w[J ? J : 1];
+  int64_t step;
+  INLINE_LAMBDA void operator()(int k) const {
+    UNROLL for (int j = 0; j < J; j++) _mm_prefetch(reinterpret_cast<const char*>(w[j] + k * step), _MM_HINT_T0);
+  }
+};
+
 // sums[m][j] += x[m] . w[j], over `count` numbers; w[j] are 16 columns each, the next kPair rows
 // of a column `step` numbers on.
-template <class Num, int M, int J, bool kFetch>
+template <class Num, int M, int J, class Fetch>
 INLINE void accumulate(Vec (&sums)[M][J], const typename Num::A* x, int64_t x_stride,
-                       const typename Num::W* const (&w)[J], int64_t step, int count) {
-  using W = typename Num::W;
+                       const typename Num::W* const (&w)[J], int64_t step, int count,
+                       const Fetch& ahead) {
   if constexpr (Num::kPair == 1) {
     for (int k = 0; k < count; k++) {
-      if constexpr (kFetch) _mm_prefetch(reinterpret_cast<const char*>(w[0] + (k + 16) * step), _MM_HINT_T0);
+      ahead(k);
       Vec column[J];
       UNROLL for (int j = 0; j < J; j++) column[j] = load(w[j] + k * step);
       UNROLL for (int m = 0; m < M; m++) {
@@ -44,11 +64,7 @@ INLINE void accumulate(Vec (&sums)[M][J], const typename Num::A* x, int64_t x_st
     }
   } else {
     for (int k = 0; k < count / 2; k++) {
-      const W* const here = w[0] + k * step;
-      if constexpr (kFetch) {
-        _mm_prefetch(reinterpret_cast<const char*>(here + 24 * step), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(here + 24 * step + 32), _MM_HINT_T0);
-      }
+      ahead(k);
 #ifdef __AVX512BF16__
       UNROLL for (int m = 0; m < M; m++) {
         uint32_t pair;
@@ -71,42 +87,84 @@ INLINE void accumulate(Vec (&sums)[M][J], const typename Num::A* x, int64_t x_st
   }
 }
 
-template <class Num, int M, class Epilogue>
-INLINE void tile(const typename Num::A* x, int64_t x_stride, const Packed& w, int panel, int row,
-                 const Epilogue& epilogue) {
+// The panel of one item: where its rows are, and what is done with their sums.
+template <class Num, class Epilogue>
+struct Panel {
+  const typename Num::A* x;
+  int64_t x_stride;
+  const Packed& w;
+  int number;
+  const Epilogue& epilogue;
+  float* kept;  // sums of the rows between slices, from row `first` on
+  int first;
+};
+
+// Rows [row, row + M), numbers [begin, end) of the depth. Reads ahead what is multiplied next.
+template <class Num, int M, int kLines, class Epilogue>
+INLINE void tile(const Panel<Num, Epilogue>& p, int row, int begin, int end, const void* next) {
   using W = typename Num::W;
-  const W* const data = static_cast<const W*>(w.data) + static_cast<int64_t>(panel) * kPanel * w.depth;
+  const W* const data = static_cast<const W*>(p.w.data) +
+                        (static_cast<int64_t>(p.number) * p.w.depth + begin) * kPanel;
   const W* const columns[2] = {data, data + kLanes * Num::kPair};
+  float* const kept = p.kept + (row - p.first) * kPanel;
   Vec sums[M][2];
-  UNROLL for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = zero();
-  accumulate<Num, M, 2, (M <= kTileRows / 2)>(sums, x + row * x_stride, x_stride, columns, kPanel * Num::kPair, w.depth);
-  UNROLL for (int m = 0; m < M; m++) epilogue(row + m, panel, sums[m][0], sums[m][1]);
+  UNROLL for (int m = 0; m < M; m++) {
+    UNROLL for (int j = 0; j < 2; j++) {
+      sums[m][j] = begin ? load(kept + m * kPanel + j * kLanes) : zero();
+    }
+  }
+  const Ahead<kLines> ahead{static_cast<const char*>(next)};
+  accumulate<Num, M, 2>(sums, p.x + row * p.x_stride + begin, p.x_stride, columns, kPanel * Num::kPair, end - begin, ahead);
+  if (end == p.w.depth) {
+    UNROLL for (int m = 0; m < M; m++) p.epilogue(row + m, p.number, sums[m][0], sums[m][1]);
+  } else {
+    UNROLL for (int m = 0; m < M; m++) {
+      UNROLL for (int j = 0; j < 2; j++) store(kept + m * kPanel + j * kLanes, sums[m][j]);
+    }
+  }
 }
 
-template <class Num, int M, class Epilogue>
-static void rows_of(int num_rows, const typename Num::A* x, int64_t x_stride, const Packed& w,
-                    int panel, int row, const Epilogue& epilogue) {
+template <class Num, int M, int kLines, class Epilogue>
+static void tile_of(int num_rows, const Panel<Num, Epilogue>& p, int row, int begin, int end, const void* next) {
   if constexpr (M > 0) {
-    if (num_rows == M) return tile<Num, M>(x, x_stride, w, panel, row, epilogue);
-    rows_of<Num, M - 1>(num_rows, x, x_stride, w, panel, row, epilogue);
+    if (num_rows == M) return tile<Num, M, kLines>(p, row, begin, end, next);
+    tile_of<Num, M - 1, kLines>(num_rows, p, row, begin, end, next);
   }
 }
 
 // Calls epilogue(row, panel, sums of columns 0 to 15, of 16 to 31) for all rows and panels.
+//
+// Many rows take a panel slice by slice, so that the slice and a tile of rows lie in the L1 cache.
+// The first tiles of a slice read the next one ahead.
 template <class Num, class Epilogue>
 INLINE bool gemm(Member& me, const typename Num::A* x, int64_t x_stride, int num_rows,
                  const Packed& w, const Epilogue& epilogue) {
   const int panels = num_panels(w);
-  const int fitting = kRowBlockBytes / (w.depth * static_cast<int>(sizeof(typename Num::A)));
-  const int most = max_of(1, fitting / kTileRows) * kTileRows;
-  const int blocks = (num_rows + most - 1) / most;
   const int tiles = (num_rows + kTileRows - 1) / kTileRows;
-  const int block = blocks ? (tiles + blocks - 1) / blocks * kTileRows : kTileRows;
+  const int fitting = kRowBlockBytes / (w.depth * static_cast<int>(sizeof(typename Num::A)));
+  const int most = min_of(kMaxTiles, max_of(1, fitting / kTileRows));
+  const int blocks = (tiles + most - 1) / most;
+  const int block = blocks ? (tiles + blocks - 1) / blocks * kTileRows : 0;
   return me.each(blocks * panels, [&](int item) {
-    const int panel = item % panels, first = item / panels * block;
-    const int last = min_of(num_rows, first + block);
-    for (int row = first; row < last; row += kTileRows) {
-      rows_of<Num, kTileRows>(min_of(kTileRows, last - row), x, x_stride, w, panel, row, epilogue);
+    alignas(64) float kept[kMaxTiles * kTileRows * kPanel];
+    const int first = item / panels * block, last = min_of(num_rows, first + block);
+    const Panel<Num, Epilogue> panel{x, x_stride, w, item % panels, epilogue, kept, first};
+    const int slice = last - first > kTileRows ? kSlice : w.depth;
+    const char* next = static_cast<const char*>(w.data) +
+                       static_cast<int64_t>(panel.number) * kPanel * w.depth * sizeof(typename Num::W);
+    for (int begin = 0; begin < w.depth; begin += slice) {
+      const int end = min_of(w.depth, begin + slice);
+      const int num_lines = (end - begin) / Num::kPair;  // half of those of the slice
+      next += num_lines * 128;
+      if (last - first <= kTileRows) {
+        tile_of<Num, kTileRows, 2>(last - first, panel, first, begin, end, next);
+        continue;
+      }
+      tile<Num, kTileRows, 1>(panel, first, begin, end, next);
+      tile_of<Num, kTileRows, 1>(min_of(kTileRows, last - first - kTileRows), panel, first + kTileRows, begin, end, next + num_lines * 64);
+      for (int row = first + 2 * kTileRows; row < last; row += kTileRows) {
+        tile_of<Num, kTileRows, 0>(min_of(kTileRows, last - row), panel, row, begin, end, nullptr);
+      }
     }
   });
 }

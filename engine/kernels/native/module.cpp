@@ -29,7 +29,6 @@ T* at(Address address) {
 }
 
 constexpr int kPanel = 32;  // as in gemm.h
-constexpr int kHugePage = 2 << 20;
 
 // The levels this machine can run, the best last.
 std::vector<const Level*> usable_levels() {
@@ -56,6 +55,30 @@ std::vector<std::string> level_names() {
   return names;
 }
 
+struct SpoiledArgs {
+  const void* numbers;
+  int num_rows, size, number_bytes;
+  bool* out;
+};
+
+// All bits of the exponent are set in NaN and infinities, and in nothing else.
+template <class Bits>
+bool is_spoiled(const Bits* numbers, int size, Bits exponent) {
+  Bits found = 0;
+  for (int i = 0; i < size; i++) found |= (numbers[i] & exponent) == exponent;
+  return found;
+}
+
+void spoiled_job(Member& me, const void* args) {
+  const SpoiledArgs& a = *static_cast<const SpoiledArgs*>(args);
+  me.each(a.num_rows, [&](int row) {
+    const int64_t at = static_cast<int64_t>(row) * a.size;
+    a.out[row] |= a.number_bytes == 4
+        ? is_spoiled(static_cast<const uint32_t*>(a.numbers) + at, a.size, 0x7f800000u)
+        : is_spoiled(static_cast<const uint16_t*>(a.numbers) + at, a.size, uint16_t{0x7f80});
+  });
+}
+
 // Threads and the level of instructions that all stages of one engine use.
 class Machine {
  public:
@@ -71,6 +94,12 @@ class Machine {
   void argmax(Address logits, int num_rows, int size, Address peaks, Address ids) {
     const ArgmaxArgs args{at<float>(logits), num_rows, size, at<float>(peaks), at<int64_t>(ids)};
     pool.run(level_->argmax, &args, sizeof(args));
+  }
+
+  // Ors into `out` whether a row of numbers, of 4 or 2 bytes, has NaN or an infinity.
+  void find_spoiled(Address numbers, int num_rows, int size, int number_bytes, Address out) {
+    const SpoiledArgs args{at<void>(numbers), num_rows, size, number_bytes, at<bool>(out)};
+    pool.run(&spoiled_job, &args, sizeof(args));
   }
 
   Pool pool;
@@ -150,8 +179,7 @@ class LlamaModel {
   Matrix pack(Address matrix, int num_columns, int depth) {
     const int panels = (num_columns + kPanel - 1) / kPanel;
     const int64_t num_bytes = static_cast<int64_t>(panels) * kPanel * depth * machine_->number_bytes;
-    // Reading ahead goes past the end by less than a page.
-    const int64_t padded = (num_bytes + 4096 + kHugePage - 1) / kHugePage * kHugePage;
+    const int64_t padded = (num_bytes + 4095) / 4096 * 4096;
     void* memory = aligned_alloc(4096, padded);
     if (!memory) throw std::bad_alloc();
     memory_.emplace_back(memory);
@@ -239,7 +267,8 @@ NB_MODULE(_native, m) {
   nb::class_<Machine>(m, "Machine")
       .def(nb::init<const std::string&, int, bool>(), "level"_a, "num_threads"_a, "is_bf16"_a)
       .def_prop_ro("activation_bytes", [](const Machine& self) { return self.stages->activation_bytes; })
-      .def("argmax", &Machine::argmax, Unlocked());
+      .def("argmax", &Machine::argmax, Unlocked())
+      .def("find_spoiled", &Machine::find_spoiled, Unlocked());
   nb::class_<Buffers>(m, "Buffers")
       .def("__init__",
            [](Buffers* self, int max_num_tokens, Address token_ids, Address positions,

@@ -1,0 +1,41 @@
+"""What an executor asks about rows of numbers, in native kernels. See `engine.rows`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class NativeRows:
+    """See `engine.rows.RowKernels`; an infinity below counts as one above."""
+
+    def __init__(self, machine: Any) -> None:
+        self._machine = machine
+
+    def peaks(self, logits_SV: Tensor) -> Tensor:
+        return self._peaks_and_ids(logits_SV)[0]
+
+    def argmax(self, scores_SV: Tensor) -> Tensor:
+        return self._peaks_and_ids(scores_SV)[1]
+
+    def are_finite(self, x_TE: Tensor) -> NDArray[np.bool_]:
+        assert x_TE.is_contiguous()
+        num_rows, size = x_TE.shape
+        is_spoiled_T = np.zeros(num_rows, dtype=bool)
+        self._machine.find_spoiled(
+            x_TE.data_ptr(), num_rows, size, x_TE.itemsize, is_spoiled_T.ctypes.data
+        )
+        return ~is_spoiled_T
+
+    def _peaks_and_ids(self, scores_SV: Tensor) -> tuple[Tensor, Tensor]:
+        scores_SV = scores_SV.contiguous()
+        num_rows, size = scores_SV.shape
+        peak_S, ids_S = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
+        self._machine.argmax(
+            scores_SV.data_ptr(), num_rows, size, peak_S.data_ptr(), ids_S.data_ptr()
+        )
+        return peak_S, ids_S
