@@ -1,20 +1,53 @@
-"""What goes with which slices: KV memory, the attention that reads it, kernels for rows."""
+"""A model on the best kernels there are for it, and what goes with its slices: KV memory, the
+attention that reads it, kernels for rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from engine.attention.invariant import InvariantAttention
 from engine.attention.native import NativeAttention
 from engine.attention.protocol import AttentionBackend
 from engine.attention.reference import ReferenceAttention
-from engine.kernels.llama import NativeLlama
+from engine.kernels.llama import NativeLlama, NotForNative
+from engine.kernels.native import NativeKernels, NoKernels, choose
 from engine.kernels.rows import NativeRows
 from engine.kv.cache import KVCache
-from engine.models.invariant import meet_weights
+from engine.models.invariant import invariant_kernels, meet_weights
+from engine.models.kernels import DEFAULT
+from engine.models.registry import load_model
 from engine.models.slices import DenseSlices
 from engine.rows import RowKernels, TorchRows
 from scheduler.types import KVGeometry
+
+
+def load_best(
+    folder: Path,
+    dtype: str = "auto",
+    device: str = "cpu",
+    on_layer: Callable[[int, int], None] = lambda _done, _total: None,
+    *,
+    batch_invariant: bool = False,
+) -> tuple[DenseSlices, str]:
+    """Return the model, and which kernels it runs on or why they are torch's, in words.
+
+    Raises UnknownKernels, ModelFormatError, and NotReproducible where torch is to be invariant.
+    """
+    chosen = choose(torch.get_num_threads()) if device == "cpu" else NoKernels("")
+    if isinstance(chosen, NativeKernels):
+        try:
+            model = load_model(folder, dtype, device, on_layer, chosen)
+        except NotForNative as error:
+            chosen = NoKernels(str(error))
+        else:
+            return model, f"native, {chosen.level}"
+    kernels = invariant_kernels(torch.device(device)) if batch_invariant else DEFAULT
+    model = load_model(folder, dtype, device, on_layer, kernels)
+    return model, f"torch: {chosen.reason}" if chosen.reason else "torch"
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,6 @@ from scheduler.types import KVGeometry, RequestId, SamplingParams
 
 if TYPE_CHECKING:
     from engine.backend import Backend
-    from engine.kernels.native import NativeKernels
-    from engine.models.kernels import Kernels
     from engine.models.slices import DenseSlices
 
 _FAKE_MAX_MODEL_LEN = 8192
@@ -197,40 +195,20 @@ def _executor(model: DenseSlices, backend: Backend, batch: PersistentBatch) -> E
 
 
 def _load(config: EngineConfig, times: StartupTimes) -> tuple[DenseSlices, str]:
-    """Return the model and the name of the kernels it runs on, or why they are torch's."""
-    import torch
+    from engine.backend import load_best
+    from engine.kernels.native import UnknownKernels
 
-    from engine.kernels.llama import NotForNative
-    from engine.kernels.native import NativeKernels, NoKernels, UnknownKernels, choose
-    from engine.models.invariant import invariant_kernels
-    from engine.models.kernels import DEFAULT
-    from engine.models.registry import load_model
-
-    def load(kernels: Kernels | NativeKernels) -> DenseSlices:
-        assert config.model_folder is not None
-        return load_model(
+    assert config.model_folder is not None
+    try:
+        return load_best(
             config.model_folder,
             config.dtype,
             config.device,
             lambda done, _: times.advance(done),
-            kernels,
+            batch_invariant=config.batch_invariant,
         )
-
-    try:
-        chosen = choose(torch.get_num_threads())
     except UnknownKernels as error:
         raise CannotStart(error.cause, error.remedy) from error
-    if config.device != "cpu":
-        chosen = NoKernels("")
-    if isinstance(chosen, NativeKernels):
-        try:
-            return load(chosen), chosen.level
-        except NotForNative as error:
-            chosen = NoKernels(str(error))
-    torch_kernels = DEFAULT
-    if config.batch_invariant:
-        torch_kernels = invariant_kernels(torch.device(config.device))
-    return load(torch_kernels), f"torch: {chosen.reason}" if chosen.reason else "torch"
 
 
 def _check_memory(config: EngineConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +14,7 @@ from serving.config import ServeFlags
 from serving.errors import UserError
 
 if TYPE_CHECKING:
+    from engine.startup import Progress
     from serving.operate.verbs import Operator
 
 _STARTED_AT_S = time.perf_counter()
@@ -215,16 +217,107 @@ def bench_invariant(
         )
     from engine.bench.invariant import Choices
     from engine.bench.invariant import main as measure
+
+    choices = Choices(batch=batch, context=context, chunk=chunk, rounds=rounds, seed=seed)
+    _measure_engine(model, lambda folder, progress: measure(folder, dtype, choices, progress))
+
+
+@bench.command(name="limits")
+def bench_limits(
+    model: str | None = None,
+    /,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    batch: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 32),
+    context: int = 256,
+    chunk: int = 256,
+    rounds: int = 10,
+    seed: int = 0,
+) -> None:
+    """How near a step comes to what this CPU's memory and arithmetic allow.
+
+    Parameters
+    ----------
+    model
+        As for `hocket serve`.
+    batch
+        Requests that decode together, one measurement for each number.
+    context
+        Tokens that each request has already.
+    chunk
+        Tokens of the prefill step.
+    rounds
+        Each measures memory, matrix products and every kind of step.
+    seed
+        Of the keys and values that contexts are made of.
+    """
+    if min(*batch, context, chunk) < 1 or rounds < 2:
+        raise UserError(
+            "--batch, --context and --chunk must be at least 1, and --rounds at least 2",
+            "leave them out for the usual ones",
+        )
+    from engine.bench.limits import Choices
+    from engine.bench.limits import main as measure
+
+    choices = Choices(batch=batch, context=context, chunk=chunk, rounds=rounds, seed=seed)
+    _measure_engine(model, lambda folder, progress: measure(folder, dtype, choices, progress))
+
+
+@bench.command(name="profile")
+def bench_profile(
+    model: str | None = None,
+    /,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    batch: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 32),
+    context: int = 256,
+    steps: int = 60,
+    temperature: float = 0.0,
+    trace: Path | None = None,
+) -> None:
+    """Where a decode step goes: plan, pack, kernels, sample, send.
+
+    Parameters
+    ----------
+    model
+        As for `hocket serve`.
+    batch
+        Requests that decode together, one measurement for each number.
+    context
+        Tokens of each prompt.
+    steps
+        Steps of each measurement.
+    temperature
+        Of sampling; 0 is greedy.
+    trace
+        File to write a trace to, for chrome://tracing.
+    """
+    if min(*batch, context) < 1 or steps < 2 or temperature < 0:
+        raise UserError(
+            "--batch and --context must be at least 1, --steps 2, and --temperature 0",
+            "leave them out for the usual ones",
+        )
+    from engine.bench.profile import Choices
+    from engine.bench.profile import main as measure
+
+    choices = Choices(
+        batch=batch, context=context, steps=steps, temperature=temperature, trace=trace
+    )
+    _measure_engine(model, lambda folder, progress: measure(folder, dtype, choices, progress))
+
+
+def _measure_engine(model: str | None, measure: Callable[[Path, Progress], str]) -> None:
+    """Find the model, measure it, print the report."""
+    from engine.kernels.native import UnknownKernels
     from engine.models.errors import ModelFormatError, NotReproducible
     from serving.progress import TerminalProgress
     from serving.store.local import resolve
 
-    choices = Choices(batch=batch, context=context, chunk=chunk, rounds=rounds, seed=seed)
     with TerminalProgress() as progress:
         folder = resolve(model, progress).path
         try:
-            report = measure(folder, dtype, choices, progress)
-        except (ModelFormatError, NotReproducible) as error:
+            report = measure(folder, progress)
+        except (ModelFormatError, NotReproducible, UnknownKernels) as error:
             raise UserError(error.cause, error.remedy) from error
     print(report)  # noqa: T201 (the command's result)
 

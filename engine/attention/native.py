@@ -65,8 +65,16 @@ class NativeAttention:
         return Prepared(plan, torch.empty(size, dtype=self._dtype))
 
     def attend(
-        self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, prepared: Prepared
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        prepared: Prepared,
+        *,
+        lse_TH: Tensor | None = None,
     ) -> Tensor:
+        """Fills `lse_TH`, fp32, with the log-sum-exp of the scores where it is given."""
         out_THD = prepared.out_THD
         self._attention.attend(
             layer,
@@ -76,6 +84,6 @@ class NativeAttention:
             v_TGD.data_ptr(),
             q_THD.stride(0),
             out_THD.data_ptr(),
-            0,
+            0 if lse_TH is None else lse_TH.data_ptr(),
         )
         return out_THD

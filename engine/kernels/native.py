@@ -44,6 +44,11 @@ def extension() -> Any:
     return importlib.import_module("engine.kernels._native")
 
 
+def levels() -> list[str]:
+    """Return the levels that this machine runs, the best last. Raises ImportError as above."""
+    return list(extension().levels())
+
+
 def choose(num_threads: int) -> NativeKernels | NoKernels:
     """Return the best kernels of this machine, or those that the environment asks for.
 
@@ -53,16 +58,16 @@ def choose(num_threads: int) -> NativeKernels | NoKernels:
     if wanted == TORCH:
         return NoKernels(f"{VARIABLE}={TORCH}")
     try:
-        levels: list[str] = extension().levels()
+        found = levels()
     except ImportError:
-        levels, reason = [], "Hocket was installed without a C++ compiler"
+        found, reason = [], "Hocket was installed without a C++ compiler"
     else:
         reason = "this processor has no AVX2"
     if wanted:
-        if wanted not in levels:
-            known = ", ".join((TORCH, *levels))
+        if wanted not in found:
+            known = ", ".join((TORCH, *found))
             raise UnknownKernels(
                 f"{VARIABLE}={wanted}: there are no such kernels here", f"name one of: {known}"
             )
         return NativeKernels(wanted, num_threads)
-    return NativeKernels(levels[-1], num_threads) if levels else NoKernels(reason)
+    return NativeKernels(found[-1], num_threads) if found else NoKernels(reason)

@@ -12,6 +12,7 @@ Shape legend: T tokens, G key/value heads, D head size, P numbers of 32 bits.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 
@@ -79,6 +80,10 @@ class KVCache:
         value_cache[at] = v_TGD
         return key_cache, value_cache
 
+    def blocks(self) -> Sequence[Tensor]:
+        """Return all of each block's numbers."""
+        return self._kv.unbind(0)
+
     def strides(self) -> tuple[int, int, int, int, int]:
         """Return the address, and the distance in numbers of blocks, layers, k and v, heads."""
         return self._kv.data_ptr(), *self._kv.stride()[:4]  # type: ignore[return-value]
@@ -114,5 +119,10 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     num_elements = torch.Size(size).numel()
-    pages = mmap.mmap(-1, num_elements * dtype.itemsize)
+    num_bytes = num_elements * dtype.itemsize
+    # A block's keys and values of one layer fill a page or two. With pages of 2 MiB the processor
+    # finds them without a walk: attention of 32 requests took three quarters of the time.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=num_elements).view(size)

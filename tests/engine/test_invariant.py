@@ -28,6 +28,7 @@ from engine.bench.invariant import main as measure
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.executors.sequential import SequentialExecutor
+from engine.kernels.native import levels
 from engine.kv.cache import KVCache
 from engine.models.invariant import InvariantLinear, invariant_kernels, silu
 from engine.models.kernels import Kernels
@@ -301,13 +302,15 @@ def test_the_bench_tells_the_modes_apart(folder: Path) -> None:
     assert "seed 1" in report
     assert report.count("\ndecode, batch") == 2
     assert "\nchunk of 8 behind 20" in report
-    assert "\ninvariant: 0 of a request's 8 rows" in report
-    assert "\ndefault: 0 of" not in report
+    assert "\ntorch, invariant: 0 of a request's 8 rows" in report
+    assert "\nnative, " + levels()[-1] + ": 0 of" in report
+    assert "\ntorch: 0 of" not in report
 
 
 def test_the_engine_is_built_so_and_refuses_to_start_where_it_cannot(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOCKET_KERNELS", "torch")
     config = EngineConfig(
         model_name="tiny",
         model_folder=folder,

@@ -258,10 +258,9 @@ static void attend_item(const AttentionArgs& a, const AttentionItem& item,
 template <class Num>
 static void attend(Member& me, const AttentionArgs& a) {
   using A = typename Num::A;
-  const PreparedAttention& p = *a.prepared;
   const int dim = a.head_dim, group = a.num_heads / a.num_kv_heads;
-  const bool writes_first = !p.are_single;
-  if (writes_first && !me.each(p.num_tokens, [&](int t) { write_token<Num>(a, t, 0, a.num_kv_heads); })) {
+  const bool writes_first = !a.are_single;
+  if (writes_first && !me.each(a.num_tokens, [&](int t) { write_token<Num>(a, t, 0, a.num_kv_heads); })) {
     return;
   }
   const int rows = max_of(kItemRows, group);
@@ -280,15 +279,16 @@ static void attend(Member& me, const AttentionArgs& a) {
   s.weight = reinterpret_cast<A*>(take(kScoreRows * kSegment));
   s.max = take(rows);
   s.whole = take(rows * (kPartialHead + dim));
-  const bool is_attended = me.each(static_cast<int>(p.items.size()), [&](int i) {
-    const AttentionItem& item = p.items[i];
+  const bool is_attended = me.each(a.num_items, [&](int i) {
+    const std::vector<AttentionItem>& items = a.prepared->items;
+    const AttentionItem& item = items[i];
     const bool has_own_key = item.first_part + item.num_parts > item.position / kPart;
     if (!writes_first && has_own_key) write_token<Num>(a, item.token, item.head, item.head + 1);
-    attend_item<Num>(a, item, p.items[min_of(i + 1, static_cast<int>(p.items.size()) - 1)], s);
+    attend_item<Num>(a, item, items[min_of(i + 1, a.num_items - 1)], s);
   });
-  if (!is_attended || p.merges.empty()) return;
-  me.each(static_cast<int>(p.merges.size()), [&](int i) {
-    const AttentionMerge& merge = p.merges[i];
+  if (!is_attended || !a.num_merges) return;
+  me.each(a.num_merges, [&](int i) {
+    const AttentionMerge& merge = a.prepared->merges[i];
     for (int n = 0; n < group; n++) {
       for (int part = 0; part < merge.num_parts; part++) {
         const float* const from = a.partial + (merge.partial + static_cast<int64_t>(part) * group + n) * (kPartialHead + dim);

@@ -4,6 +4,7 @@
 #include "argmax.h"
 #include "attention.h"
 #include "dense.h"
+#include "limits.h"
 
 namespace hocket {
 namespace HOCKET_LEVEL {
@@ -20,6 +21,10 @@ static void attend_job(Member& me, const void* args) {
 
 static void argmax_job(Member& me, const void* args) {
   argmax(me, *static_cast<const ArgmaxArgs*>(args));
+}
+
+static void read_job(Member& me, const void* args) {
+  read_memory(me, *static_cast<const ReadArgs*>(args));
 }
 
 template <class Num>
@@ -39,6 +44,7 @@ constexpr Stages stages() {
 #define HOCKET_TEXT(x) #x
 #define HOCKET_NAME(x) HOCKET_TEXT(x)
 const Level HOCKET_TABLE = {HOCKET_NAME(HOCKET_LEVEL), HOCKET_LEVEL::stages<HOCKET_LEVEL::Float32>(),
-                            HOCKET_LEVEL::stages<HOCKET_LEVEL::BFloat16>(), HOCKET_LEVEL::argmax_job};
+                            HOCKET_LEVEL::stages<HOCKET_LEVEL::BFloat16>(), HOCKET_LEVEL::argmax_job,
+                            HOCKET_LEVEL::read_job};
 
 }  // namespace hocket

@@ -96,6 +96,13 @@ class Machine {
     pool.run(level_->argmax, &args, sizeof(args));
   }
 
+  // Reads memory once and forgets it: whole pieces of 256 KiB.
+  void read(Address data, int64_t num_bytes) {
+    float sink;
+    const ReadArgs args{at<float>(data), num_bytes / 4, &sink};
+    pool.run(level_->read, &args, sizeof(args));
+  }
+
   // Ors into `out` whether a row of numbers, of 4 or 2 bytes, has NaN or an infinity.
   void find_spoiled(Address numbers, int num_rows, int size, int number_bytes, Address out) {
     const SpoiledArgs args{at<void>(numbers), num_rows, size, number_bytes, at<bool>(out)};
@@ -124,6 +131,7 @@ struct PackArgs {
 class LlamaModel {
  public:
   LlamaModel(const LlamaModel&) = delete;
+  ~LlamaModel() { machine_->pool.settle(); }
   LlamaModel(std::shared_ptr<Machine> machine, int hidden_size, int intermediate_size,
              int num_heads, int num_kv_heads, int head_dim, int vocab_size, float norm_eps,
              Address embedding, Address cos, Address sin)
@@ -233,6 +241,10 @@ class PagedAttention {
   void attend(int layer, const PreparedAttention& prepared, Address query, Address key,
               Address value, int64_t stride, Address out, Address lse) {
     const AttentionArgs args{&prepared,
+                             prepared.num_tokens,
+                             static_cast<int>(prepared.items.size()),
+                             static_cast<int>(prepared.merges.size()),
+                             prepared.are_single,
                              cache_,
                              layer,
                              num_heads_,
@@ -268,6 +280,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<const std::string&, int, bool>(), "level"_a, "num_threads"_a, "is_bf16"_a)
       .def_prop_ro("activation_bytes", [](const Machine& self) { return self.stages->activation_bytes; })
       .def("argmax", &Machine::argmax, Unlocked())
+      .def("read", &Machine::read, Unlocked())
       .def("find_spoiled", &Machine::find_spoiled, Unlocked());
   nb::class_<Buffers>(m, "Buffers")
       .def("__init__",

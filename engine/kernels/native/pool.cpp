@@ -34,7 +34,7 @@ void Pool::run(Job job, const void* args, int num_bytes) {
   entry.job = job;
   entry.loop = loop_;
   entry.target = target_;
-  memcpy(entry.args, args, num_bytes);
+  if (num_bytes) memcpy(entry.args, args, num_bytes);
   stage_.store(stage, std::memory_order_seq_cst);
   if (num_parked_.load(std::memory_order_seq_cst)) wake();
   Member me{this, 0, loop_, stage, target_};
@@ -43,18 +43,26 @@ void Pool::run(Job job, const void* args, int num_bytes) {
   target_ = me.target;
 }
 
+void Pool::settle() {
+  run([](Member&, const void*) {}, nullptr, 0);  // whoever is late finds this one
+  while (num_inside_.load(std::memory_order_seq_cst)) std::this_thread::yield();
+}
+
 void Pool::work(int id) {
   for (uint32_t last = 0;;) {
     const uint32_t stage = wait_stage(last);
     if (stopping_.load()) return;
+    num_inside_.fetch_add(1, std::memory_order_seq_cst);
     Entry entry;
     memcpy(&entry, &ring_[stage % kRing], sizeof(Entry));
     std::atomic_thread_fence(std::memory_order_acquire);
     // An entry is only written over when its stage is long past, and then the copy is worthless.
-    if (stage_.load(std::memory_order_acquire) != stage) continue;
-    last = stage;
-    Member me{this, id, entry.loop, stage, entry.target};
-    entry.job(me, entry.args);
+    if (stage_.load(std::memory_order_seq_cst) == stage) {
+      last = stage;
+      Member me{this, id, entry.loop, stage, entry.target};
+      entry.job(me, entry.args);
+    }
+    num_inside_.fetch_sub(1, std::memory_order_seq_cst);
   }
 }
 

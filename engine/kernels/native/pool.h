@@ -50,12 +50,8 @@ class Pool {
   // Outside of its loops a job changes nothing that others see. Only one thread may call this.
   void run(Job job, const void* args, int num_bytes);
 
-  template <class Args>
-  void run(void (*job)(Member&, const Args&), const Args& args) {
-    static_assert(sizeof(Args) <= kMaxArgs, "arguments travel by value");
-    static_assert(std::is_trivially_copyable<Args>::value, "arguments travel by value");
-    run(reinterpret_cast<Job>(job), &args, sizeof(Args));
-  }
+  // Returns when no thread is in any stage: what stages refer to may then be freed.
+  void settle();
 
  private:
   friend struct Member;
@@ -111,6 +107,7 @@ class Pool {
   alignas(64) std::atomic<uint64_t> done_{0};   // items of all loops ever
   alignas(64) std::atomic<uint32_t> stage_{0};
   alignas(64) std::atomic<uint32_t> num_parked_{0};
+  std::atomic<uint32_t> num_inside_{0};  // workers that may be in a stage
   std::atomic<uint32_t> futex_{0};
   std::atomic<bool> stopping_{false};
 };

@@ -89,7 +89,8 @@ struct PreparedAttention {
   int64_t partial_size;         // floats of scratch
 };
 
-// Arguments of the stages, which travel to the threads by value.
+// Arguments of the stages, which travel to the threads by value. How many items a loop has must
+// follow from them, and from what lives as long as the pool.
 struct DenseArgs {
   const Llama* model;
   Buffers buffers;
@@ -102,7 +103,11 @@ struct DenseArgs {
 };
 
 struct AttentionArgs {
-  const PreparedAttention* prepared;
+  const PreparedAttention* prepared;  // for items only: a straggler may come when it is gone
+  int num_tokens;                     // the following four are its
+  int num_items;
+  int num_merges;
+  bool are_single;
   Cache cache;
   int layer;
   int num_heads;     // H
@@ -124,6 +129,12 @@ struct ArgmaxArgs {
   int size;
   float* peaks;         // NaN or infinite if any logit is
   int64_t* ids;         // the lowest id of a tie
+};
+
+struct ReadArgs {
+  const float* data;
+  int64_t num_floats;
+  float* sink;  // hardly ever written to, so that the sums are not left out
 };
 
 }  // namespace hocket
