@@ -56,6 +56,7 @@ def ready_block(
     )
     lines = [
         ("Serving", f"{ready.model_name} ({ready.dtype}, {ready.device}) at {url}/v1"),
+        *([("Kernels", ready.kernels)] if ready.kernels else []),
         *_instances(config, readies, session),
         (
             "Capacity",

@@ -190,6 +190,7 @@ def common_ready(readies: Iterable[Ready]) -> Ready:
         given[0],
         dtype=" and ".join(sorted({ready.dtype for ready in given})),
         device=" and ".join(sorted({ready.device for ready in given})),
+        kernels="; ".join(sorted({ready.kernels for ready in given if ready.kernels})),
         max_model_len=min(ready.max_model_len for ready in given),
         geometry=min((ready.geometry for ready in given), key=lambda kv: kv.num_tokens),
         startup_s={name: max(ready.startup_s.get(name, 0.0) for ready in given) for name in phases},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.models.registry import load_model
+from engine.backend import load_best
 from tests.exact.measure import (
     BF16_MEAN_FACTOR,
     BF16_P999_FACTOR,
@@ -40,6 +41,15 @@ class Right(NamedTuple):
     logits_NPV: Tensor
 
 
+@pytest.fixture(params=["torch", "native"])
+def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """Choose the kernels; native ones know blocks of 16 tokens."""
+    if request.param == "native":
+        return replace(STAGE, num_blocks=32, block_size=16)
+    monkeypatch.setenv("HOCKET_KERNELS", "torch")
+    return STAGE
+
+
 @pytest.fixture(scope="module")
 def right(real_model: Path) -> Right:
     reference = Reference(real_model, torch.float32)
@@ -48,19 +58,21 @@ def right(real_model: Path) -> Right:
     return Right(scripts, torch.stack([reference.whole(script) for script in scripts]))
 
 
-def test_fp32_logits_are_those_of_transformers(real_model: Path, right: Right) -> None:
-    logits_NPV, played = teach(load_model(real_model, "float32"), right.scripts, STAGE)
+def test_fp32_logits_are_those_of_transformers(
+    real_model: Path, right: Right, stage: Stage
+) -> None:
+    logits_NPV, played = teach(load_best(real_model, "float32")[0], right.scripts, stage)
     _was_rough(played)
     assert logit_errors(logits_NPV, right.logits_NPV).max <= FP32_LIMIT
 
 
 def test_bf16_is_no_further_from_fp32_than_transformers_bf16(
-    real_model: Path, right: Right
+    real_model: Path, right: Right, stage: Stage
 ) -> None:
     reference = Reference(real_model, torch.bfloat16)
     whole_NPV = torch.stack([reference.whole(script) for script in right.scripts])
     theirs = logprob_errors(whole_NPV, right.logits_NPV)
-    logits_NPV, played = teach(load_model(real_model, "bfloat16"), right.scripts, STAGE)
+    logits_NPV, played = teach(load_best(real_model, "bfloat16")[0], right.scripts, stage)
     _was_rough(played)
     mean, p999 = bf16_excess(logprob_errors(logits_NPV, right.logits_NPV), theirs)
     assert mean <= BF16_MEAN_FACTOR
@@ -68,10 +80,10 @@ def test_bf16_is_no_further_from_fp32_than_transformers_bf16(
 
 
 def test_free_running_greedy_texts_are_those_of_transformers(
-    real_model: Path, right: Right
+    real_model: Path, right: Right, stage: Stage
 ) -> None:
     prompts = [script.prompt for script in right.scripts]
-    played = play(load_model(real_model, "float32"), prompts, NUM_FORCED, STAGE)
+    played = play(load_best(real_model, "float32")[0], prompts, NUM_FORCED, stage)
     _was_rough(played)
     texts = [script.forced for script in right.scripts]
     found = partings(played.tokens, texts, right.logits_NPV)

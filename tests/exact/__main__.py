@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor
 
 from engine import machine
-from engine.models.registry import load_model
+from engine.backend import load_best
 from serving.progress import TerminalProgress
 from serving.store.local import resolve
 from tests.exact.measure import (
@@ -170,7 +170,8 @@ def ask_transformers(folder: Path, seed: int) -> Right:
 
 
 def check_fp32(report: Report, folder: Path, right: Right) -> None:
-    model = load_model(folder, "float32")
+    model, kernels = load_best(folder, "float32")
+    say(f"float32: kernels {kernels}")
     for stage in FORCED:
         say(f"float32: forced, budget {stage.budget}")
         logits_NPV, played = teach(model, right.scripts, stage)
@@ -192,7 +193,8 @@ def check_fp32(report: Report, folder: Path, right: Right) -> None:
 
 
 def check_bf16(report: Report, folder: Path, right: Right) -> None:
-    model = load_model(folder, "bfloat16")
+    model, kernels = load_best(folder, "bfloat16")
+    say(f"bfloat16: kernels {kernels}")
     for stage in FORCED:
         say(f"bfloat16: forced, budget {stage.budget}")
         logits_NPV, played = teach(model, right.scripts, stage)

@@ -6,8 +6,8 @@ Every prompt is run alone, then all of them in random company: chunk budgets of 
 and 512 tokens, one and two steps in flight, preemptions at random tokens, and prompts of which
 a half finds nothing computed, a quarter one block, and a quarter all but its last token. What each
 request says is dictated, so each of its positions has one right row of logits, compared to the
-bit. The last line of each dtype is the default mode, which has to differ, or this would show
-nothing.
+bit. The last line of each dtype is the default mode of torch's kernels, which has to differ,
+or this would show nothing. HOCKET_KERNELS chooses the kernels of the others.
 """
 
 from __future__ import annotations
@@ -26,12 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.attention.invariant import InvariantAttention
-from engine.attention.reference import ReferenceAttention
+from engine.backend import backend_of, load_best
 from engine.batch import PersistentBatch
 from engine.executors.sequential import SequentialExecutor
-from engine.kv.cache import KVCache
-from engine.models.invariant import invariant_kernels
 from engine.models.registry import load_model
 from engine.models.slices import DenseSlices
 from engine.sampler import SamplingRows
@@ -128,15 +125,12 @@ def play(
         num_blocks=company.num_blocks,
         block_bytes=BLOCK_SIZE * model.shape.kv_token_bytes,
     )
-    cache = KVCache(model.shape, geometry)
-    attention = (
-        InvariantAttention(cache, model.shape)
-        if invariant
-        else ReferenceAttention(cache, model.shape.device)
-    )
+    backend = backend_of(model, geometry, batch_invariant=invariant)
     witness = Witness(scripts)
     batch = PersistentBatch(company.running, MAX_MODEL_LEN, BLOCK_SIZE)
-    executor = SequentialExecutor(model, attention, cache, batch, sampler=witness)
+    executor = SequentialExecutor(
+        model, backend.attention, backend.cache, batch, rows=backend.rows, sampler=witness
+    )
     scheduler = InstanceScheduler(
         InstanceConfig(
             max_model_len=MAX_MODEL_LEN,
@@ -238,14 +232,16 @@ def _compare(
     folder: Path, dtype: str, num_prompts: int, seed: int, companies: Sequence[Company]
 ) -> bool:
     failed = False
-    kernels = invariant_kernels(torch.device("cpu"))
     for invariant in (True, False):
-        model = (
-            load_model(folder, dtype, kernels=kernels) if invariant else load_model(folder, dtype)
-        )
+        model, kernels = load_model(folder, dtype), "torch"
+        if invariant:
+            model, kernels = load_best(folder, dtype, batch_invariant=True)
         scripts = make_scripts(random.Random(seed), num_prompts, model.shape.vocab_size)
         alone, road = play(model, scripts, Company(), seed, invariant=invariant)
-        print(f"{dtype:<9} alone: {road.num_steps} steps, {road.seconds:.0f} s", flush=True)
+        print(
+            f"{dtype:<9} kernels {kernels}; alone: {road.num_steps} steps, {road.seconds:.0f} s",
+            flush=True,
+        )
         for number, company in enumerate(companies if invariant else companies[-2:-1]):
             found, road = play(model, scripts, company, seed + number, invariant=invariant)
             num, total = num_different(alone, found, scripts)
