@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.sampler import first_argmax
+from engine.sampler import SamplingRows, sample
 
 
 class RowKernels(Protocol):
@@ -21,8 +21,8 @@ class RowKernels(Protocol):
         """Return each row's largest number; not finite if the row has NaN or an infinity above."""
         ...
 
-    def argmax(self, scores_SV: Tensor) -> Tensor:
-        """Return the lowest id, int64, of each row's largest number; some id where there is NaN."""
+    def sample(self, logits_SV: Tensor, rows: SamplingRows) -> Tensor:
+        """Return one token id a row, int64; see `engine.sampler.sample`."""
         ...
 
     def are_finite(self, x_TE: Tensor) -> NDArray[np.bool_]:
@@ -36,8 +36,8 @@ class TorchRows:
     def peaks(self, logits_SV: Tensor) -> Tensor:
         return logits_SV.amax(dim=1)  # NaN wins
 
-    def argmax(self, scores_SV: Tensor) -> Tensor:
-        return first_argmax(scores_SV)
+    def sample(self, logits_SV: Tensor, rows: SamplingRows) -> Tensor:
+        return sample(logits_SV, rows)
 
     def are_finite(self, x_TE: Tensor) -> NDArray[np.bool_]:
         is_finite_T: NDArray[np.bool_] = x_TE.abs().amax(dim=1).isfinite().cpu().numpy()

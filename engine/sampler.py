@@ -21,7 +21,6 @@ slab, V vocabulary, B buckets, 1 a kept dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,20 +95,16 @@ class SamplingRows:
         )
 
 
-def sample(
-    logits_SV: Tensor,
-    rows: SamplingRows,
-    argmax: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+def sample(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
     """One token id a row (`token_ids_S`, int64). Leaves `logits_SV` as it was.
 
     -inf forbids a token. A row with NaN or +inf, or with every token forbidden, has no right
-    answer: it gets some id of the vocabulary, never an error. `argmax` is a faster `first_argmax`.
+    answer: it gets some id of the vocabulary, never an error.
     """
     num_rows, vocab_size = logits_SV.shape
     num_sampled = rows.sampled_rows.shape[0]
     if num_sampled < num_rows:
-        token_ids_S = (argmax or first_argmax)(logits_SV.float())
+        token_ids_S = first_argmax(logits_SV.float())
     else:
         token_ids_S = torch.empty(num_rows, dtype=torch.int64, device=logits_SV.device)
     slab = slab_rows(max(vocab_size, _DIGIT_MASK + 1), logits_SV.device)

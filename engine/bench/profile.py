@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from engine.core import EngineCore
 from engine.executors.sequential import SequentialExecutor
 from engine.messages import Report, StepEvents, Submit
 from engine.models.slices import DenseSlices
-from engine.sampler import sample
 from engine.startup import Progress
 from scheduler.config import InstanceConfig
 from scheduler.instance.scheduler import InstanceScheduler
@@ -192,11 +190,10 @@ def _executor(
         PersistentBatch(batch, max_model_len, BLOCK_SIZE),
         {"apply": "pack", "record": "pack"},
     )
-    rows: Any = _Watched(watch, backend.rows, {"peaks": "sample", "are_finite": "sample"})
-    sampler = watch.around("sample", "sample", partial(sample, argmax=backend.rows.argmax))
-    return SequentialExecutor(
-        slices, attention, backend.cache, persistent, rows=rows, sampler=sampler
+    rows: Any = _Watched(
+        watch, backend.rows, {"peaks": "sample", "are_finite": "sample", "sample": "sample"}
     )
+    return SequentialExecutor(slices, attention, backend.cache, persistent, rows=rows)
 
 
 def _drain(end: socket.socket) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from engine.logprobs import prompt_logprobs, sampled_logprobs
 from engine.models.slices import Carry, DenseSlices
 from engine.rows import RowKernels, TorchRows
 from engine.rules import apply_rules
-from engine.sampler import SamplingRows, sample
+from engine.sampler import SamplingRows
 from scheduler.instance.plan import Failure, Join, SampledToken, StepPlan, StepResult
 from scheduler.kv.blocks import BlockGroup
 from scheduler.types import RequestId, SamplingParams
@@ -48,7 +47,7 @@ class SequentialExecutor:
         self._cache = cache
         self._batch = batch
         self._rows = rows or TorchRows()
-        self._sampler = sampler or partial(sample, argmax=self._rows.argmax)
+        self._sampler = sampler or self._rows.sample
         self._runner = StepRunner(batch, self._compute, self._canary)
         self._results: deque[StepResult] = deque()
 

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.sampler import SamplingRows
+
 
 class NativeRows:
     """See `engine.rows.RowKernels`; an infinity below counts as one above."""
@@ -19,8 +21,27 @@ class NativeRows:
     def peaks(self, logits_SV: Tensor) -> Tensor:
         return self._peaks_and_ids(logits_SV)[0]
 
-    def argmax(self, scores_SV: Tensor) -> Tensor:
-        return self._peaks_and_ids(scores_SV)[1]
+    def sample(self, logits_SV: Tensor, rows: SamplingRows) -> Tensor:
+        logits_SV = logits_SV.float().contiguous()
+        if len(rows.sampled_rows) == len(logits_SV):
+            ids_S = torch.empty(len(logits_SV), dtype=torch.int64)
+        else:
+            ids_S = self._peaks_and_ids(logits_SV)[1]
+        if len(rows.sampled_rows):
+            self._machine.draw(
+                logits_SV.data_ptr(),
+                logits_SV.shape[1],
+                rows.sampled_rows.numpy(),
+                rows.temperature_S.numpy(),
+                rows.top_p_S.numpy(),
+                rows.top_k_S.numpy(),
+                rows.min_p_S.numpy(),
+                rows.seed_S.numpy(),
+                rows.choice_S.numpy(),
+                rows.position_S.numpy(),
+                ids_S.data_ptr(),
+            )
+        return ids_S
 
     def are_finite(self, x_TE: Tensor) -> NDArray[np.bool_]:
         assert x_TE.is_contiguous()

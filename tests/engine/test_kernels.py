@@ -18,7 +18,7 @@ import torch
 import engine.kernels.native as native
 from engine.attention.native import NativeAttention
 from engine.backend import backend_of
-from engine.batch import PersistentBatch
+from engine.batch import PersistentBatch, SamplingArrays
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.kernels.llama import NativeLlama
@@ -28,6 +28,7 @@ from engine.kv.cache import KVCache
 from engine.models.registry import load_model
 from engine.models.slices import ModelShape
 from engine.rows import TorchRows
+from engine.sampler import SamplingRows
 from engine.startup import CannotStart, StartupTimes
 from scheduler.instance.plan import BlockCopy, Chunk, Join, StepPlan
 from scheduler.kv.blocks import BlockGroup
@@ -203,6 +204,29 @@ def test_the_first_tokens_of_a_packed_block_are_copied_and_no_others(dtype: torc
 # --- rows ----------------------------------------------------------------------------------------
 
 
+def sampling_rows(temperatures: list[float]) -> SamplingRows:
+    num = len(temperatures)
+    arrays = SamplingArrays(
+        temperature_S=np.array(temperatures, dtype=np.float32),
+        top_p_S=np.ones(num, dtype=np.float32),
+        top_k_S=np.zeros(num, dtype=np.int64),
+        min_p_S=np.zeros(num, dtype=np.float32),
+        seed_S=np.arange(num),
+        choice_S=np.zeros(num, dtype=np.int64),
+        position_S=np.arange(num) + 5,
+    )
+    return SamplingRows.build(arrays, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_draws_are_those_of_torch(level: str) -> None:
+    """Of the same words; that logarithms differ in their last bits decides none of these."""
+    rows = NativeRows(native.extension().Machine(level, 2, False))
+    logits_SV = torch.randn(60, 49152, generator=torch.Generator().manual_seed(3)) * 6
+    how = sampling_rows([0.3 + 0.03 * index for index in range(60)])
+    assert torch.equal(rows.sample(logits_SV, how), TorchRows().sample(logits_SV, how))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("size", [1, 15, 127, 128, 1000, 49152])
 def test_rows_are_judged_as_torch_judges_them(level: str, size: int) -> None:
@@ -211,7 +235,8 @@ def test_rows_are_judged_as_torch_judges_them(level: str, size: int) -> None:
     scores_SV = torch.randint(-3, 3, (9, size), generator=torch.Generator().manual_seed(size))
     scores_SV = scores_SV.float()  # full of ties
     scores_SV[1] = -math.inf
-    assert torch.equal(rows.argmax(scores_SV), torchs.argmax(scores_SV))
+    greedy = sampling_rows([0.0] * 9)
+    assert torch.equal(rows.sample(scores_SV, greedy), torchs.sample(scores_SV, greedy))
     scores_SV[1] = 0.0
     assert torch.equal(rows.peaks(scores_SV), torchs.peaks(scores_SV))
     for row, poison in ((2, math.nan), (3, math.inf)):
@@ -234,9 +259,9 @@ def test_more_threads_than_cores_lose_no_item() -> None:
     rows = NativeRows(machine)
     generator = torch.Generator().manual_seed(0)
     scores_SV = torch.randn(40, 300, generator=generator)
-    right_S = scores_SV.argmax(dim=1)
+    right_S = scores_SV.amax(dim=1)
     for count in itertools.islice(itertools.cycle(range(1, 41)), 4000):
-        assert torch.equal(rows.argmax(scores_SV[:count]), right_S[:count])
+        assert torch.equal(rows.peaks(scores_SV[:count]), right_S[:count])
 
 
 # --- which ---------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import SamplingArrays
+from engine.kernels import native
+from engine.kernels.rows import NativeRows
+from engine.rows import TorchRows
 from engine.sampler import SamplingRows, _log_exponential, sample
 
 CPU = torch.device("cpu")
@@ -36,6 +39,16 @@ def build(rows):
         for name in SamplingRow._fields
     }
     return SamplingRows.build(SamplingArrays(**columns), CPU)
+
+
+@pytest.fixture(scope="module", autouse=True, params=["torch", *native.levels()])
+def kernels(request):
+    """Torch's sampler, and the native one at every level of this machine."""
+    global sample
+    if request.param != "torch":
+        sample = NativeRows(native.extension().Machine(request.param, 2, False)).sample
+    yield
+    sample = TorchRows().sample
 
 
 def draw(logits, rows):

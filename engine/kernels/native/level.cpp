@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "limits.h"
+#include "sampling.h"
 
 namespace hocket {
 namespace HOCKET_LEVEL {
@@ -21,6 +22,10 @@ static void attend_job(Member& me, const void* args) {
 
 static void argmax_job(Member& me, const void* args) {
   argmax(me, *static_cast<const ArgmaxArgs*>(args));
+}
+
+static void draw_job(Member& me, const void* args) {
+  draw_rows(me, *static_cast<const DrawArgs*>(args));
 }
 
 static void read_job(Member& me, const void* args) {
@@ -45,6 +50,7 @@ constexpr Stages stages() {
 #define HOCKET_NAME(x) HOCKET_TEXT(x)
 const Level HOCKET_TABLE = {HOCKET_NAME(HOCKET_LEVEL), HOCKET_LEVEL::stages<HOCKET_LEVEL::Float32>(),
                             HOCKET_LEVEL::stages<HOCKET_LEVEL::BFloat16>(), HOCKET_LEVEL::argmax_job,
+                            HOCKET_LEVEL::draw_job,
                             HOCKET_LEVEL::read_job};
 
 }  // namespace hocket

@@ -17,6 +17,7 @@ struct Level {
   const char* name;
   Stages float32, bfloat16;
   Pool::Job argmax;               // of ArgmaxArgs
+  Pool::Job draw;                 // of DrawArgs
   Pool::Job read;                 // of ReadArgs
 };
 

@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 #include <stdlib.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -27,6 +28,9 @@ template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+template <class T>
+using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
 
 constexpr int kPanel = 32;  // as in gemm.h
 
@@ -96,6 +100,25 @@ class Machine {
     pool.run(level_->argmax, &args, sizeof(args));
   }
 
+  // Draws a token for each of `rows`, arrays of one length; writes ids[rows[i]].
+  void draw(Address logits, int size, Array<int64_t> rows, Array<float> temperature,
+            Array<float> top_p, Array<int64_t> top_k, Array<float> min_p, Array<int64_t> seed,
+            Array<int64_t> choice, Array<int64_t> position, Address ids) {
+    std::vector<DrawRow> draws;
+    for (size_t i = 0; i < rows.size(); i++) {
+      const int64_t row = rows.data()[i];
+      draws.push_back({row, seed.data()[row], choice.data()[row], position.data()[row],
+                       top_k.data()[row], temperature.data()[row], top_p.data()[row],
+                       min_p.data()[row]});
+    }
+    const int64_t stride = 2 * ((static_cast<int64_t>(size) + 63) / 64 * 64);
+    scratch_.resize(std::max<size_t>(scratch_.size(), stride * pool.num_threads()));
+    const DrawArgs args{at<float>(logits), size, static_cast<int>(draws.size()), draws.data(),
+                        at<int64_t>(ids), scratch_.data(), stride};
+    nb::gil_scoped_release unlocked;
+    pool.run(level_->draw, &args, sizeof(args));
+  }
+
   // Reads memory once and forgets it: whole pieces of 256 KiB.
   void read(Address data, int64_t num_bytes) {
     float sink;
@@ -115,6 +138,7 @@ class Machine {
 
  private:
   const Level* level_ = nullptr;
+  std::vector<float> scratch_;
 };
 
 struct FreeMemory {
@@ -210,9 +234,6 @@ class LlamaModel {
   int64_t num_bytes_ = 0;
 };
 
-template <class T>
-using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
-
 class PagedAttention {
  public:
   PagedAttention(std::shared_ptr<Machine> machine, Address cache, int64_t block_stride,
@@ -280,6 +301,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<const std::string&, int, bool>(), "level"_a, "num_threads"_a, "is_bf16"_a)
       .def_prop_ro("activation_bytes", [](const Machine& self) { return self.stages->activation_bytes; })
       .def("argmax", &Machine::argmax, Unlocked())
+      .def("draw", &Machine::draw)
       .def("read", &Machine::read, Unlocked())
       .def("find_spoiled", &Machine::find_spoiled, Unlocked());
   nb::class_<Buffers>(m, "Buffers")

@@ -137,4 +137,26 @@ struct ReadArgs {
   float* sink;  // hardly ever written to, so that the sums are not left out
 };
 
+// How one row draws its token; the fields of SamplingParams.
+struct DrawRow {
+  int64_t index;  // of the row of logits, and of the id
+  int64_t seed;
+  int64_t choice;
+  int64_t position;
+  int64_t top_k;  // 0 or less: off
+  float temperature;
+  float top_p;
+  float min_p;
+};
+
+struct DrawArgs {
+  const float* logits;  // [rows, size]
+  int size;
+  int num_rows;         // that draw
+  const DrawRow* rows;
+  int64_t* ids;
+  float* scratch;       // of each thread, two stretches of the size rounded up to 64
+  int64_t scratch_stride;
+};
+
 }  // namespace hocket
