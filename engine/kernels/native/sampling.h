@@ -17,31 +17,25 @@ constexpr float kMostNoise = 22.9f;  // -log(-log1p(-2^-33)) is 22.87
 constexpr float kDropped = -__builtin_inff();
 
 // Philox4x32-10 (Salmon et al., SC'11, section 3.3), sixteen counters from `first` on.
-static void philox(uint32_t first, const DrawRow& row, uint32_t (&words)[4][kLanes]) {
-  uint32_t a[kLanes], b[kLanes], c[kLanes], d[kLanes];
-  for (int i = 0; i < kLanes; i++) {
-    a[i] = first + i;
-    b[i] = static_cast<uint32_t>(row.position);
-    c[i] = static_cast<uint32_t>(row.choice);
-    d[i] = 0x486F6331;
-  }
+INLINE void philox(uint32_t first, const DrawRow& row, uint32_t (&words)[4][kLanes]) {
+  Words a = words_from(first), b = words1(static_cast<uint32_t>(row.position));
+  Words c = words1(static_cast<uint32_t>(row.choice)), d = words1(0x486F6331);
+  const Words multiplier0 = words1(0xD2511F53), multiplier1 = words1(0xCD9E8D57);
   uint32_t key0 = static_cast<uint32_t>(row.seed), key1 = static_cast<uint32_t>(row.seed >> 32);
   for (int round = 0; round < 10; round++) {
-    for (int i = 0; i < kLanes; i++) {
-      const uint64_t p = static_cast<uint64_t>(a[i]) * 0xD2511F53u;
-      const uint64_t q = static_cast<uint64_t>(c[i]) * 0xCD9E8D57u;
-      a[i] = static_cast<uint32_t>(q >> 32) ^ b[i] ^ key0;
-      c[i] = static_cast<uint32_t>(p >> 32) ^ d[i] ^ key1;
-      b[i] = static_cast<uint32_t>(q);
-      d[i] = static_cast<uint32_t>(p);
-    }
+    const Words p_low = low_product(a, multiplier0), p_high = high_product(a, multiplier0);
+    const Words q_low = low_product(c, multiplier1), q_high = high_product(c, multiplier1);
+    a = q_high ^ b ^ words1(key0);
+    c = p_high ^ d ^ words1(key1);
+    b = q_low;
+    d = p_low;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  memcpy(words[0], a, sizeof(a));
-  memcpy(words[1], b, sizeof(b));
-  memcpy(words[2], c, sizeof(c));
-  memcpy(words[3], d, sizeof(d));
+  store(words[0], a);
+  store(words[1], b);
+  store(words[2], c);
+  store(words[3], d);
 }
 
 // log(x) of a normal positive number, to 1e-7 (the polynomial of Cephes' logf, Moshier 1989).
@@ -160,8 +154,15 @@ static int64_t draw(const float* logits, const DrawRow& row, int size, float* sc
   const auto try_block = [&](int at) {
     float noise[kBlock];
     gumbel(static_cast<uint32_t>(at / 4), row, noise);
+    Vec highest = set1(kDropped);
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const Vec total = add(load(scores + at + i), load(noise + i));
+      store(noise + i, total);
+      highest = max(highest, total);
+    }
+    if (peak(highest) < best) return;
     for (int i = 0; i < kBlock; i++) {
-      const float score = scores[at + i] + noise[i];
+      const float score = noise[i];
       if (score > best || (score == best && at + i < chosen && score > kDropped)) {
         best = score;
         chosen = at + i;

@@ -22,16 +22,8 @@ constexpr float kMasked = -2e30f;
 
 INLINE int min_of(int a, int b) { return a < b ? a : b; }
 INLINE int max_of(int a, int b) { return a > b ? a : b; }
-INLINE float float_of(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
+INLINE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+INLINE uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
 
 // Round to nearest, ties to even. NaN stays NaN.
 INLINE uint16_t to_bf16(float value) {
@@ -104,6 +96,24 @@ INLINE Vec alternating(Vec a) {
   const __m512i sign = _mm512_set1_epi64(0x80000000ll);
   return {_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), sign))};
 }
+// Sixteen words of 32 bits.
+struct Words {
+  __m512i v;
+};
+INLINE Words words1(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+INLINE Words words_from(uint32_t x) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return {_mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(x)), lane)};
+}
+INLINE Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+INLINE Words low_product(Words a, Words b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+INLINE Words high_product(Words a, Words b) {
+  const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(a.v, b.v), 32);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));
+  return {_mm512_mask_blend_epi32(0xaaaa, even, odd)};
+}
+INLINE void store(uint32_t* p, Words a) { _mm512_storeu_si512(p, a.v); }
+
 #ifdef __AVX512BF16__
 // c + a.even * b.even + a.odd * b.odd, of 32 bf16 and of one pair for all lanes.
 INLINE Vec dot(Vec c, const void* pairs, uint32_t pair) {
@@ -212,6 +222,35 @@ INLINE Vec twice(const float* p) {
 INLINE Vec alternating(Vec x) {
   const __m256 sign = _mm256_castsi256_ps(_mm256_set1_epi64x(0x80000000ll));
   return {_mm256_xor_ps(x.a, sign), _mm256_xor_ps(x.b, sign)};
+}
+
+struct Words {
+  __m256i a, b;
+};
+INLINE Words words1(uint32_t x) {
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(x));
+  return {all, all};
+}
+INLINE Words words_from(uint32_t x) {
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return {_mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(x)), lane),
+          _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(x + 8)), lane)};
+}
+INLINE Words operator^(Words x, Words y) {
+  return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)};
+}
+INLINE Words low_product(Words x, Words y) {
+  return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)};
+}
+INLINE __m256i high_half(__m256i x, __m256i y) {
+  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, y), 32);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), _mm256_srli_epi64(y, 32));
+  return _mm256_blend_epi32(even, odd, 0xaa);
+}
+INLINE Words high_product(Words x, Words y) { return {high_half(x.a, y.a), high_half(x.b, y.b)}; }
+INLINE void store(uint32_t* p, Words x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
 }
 
 #endif
