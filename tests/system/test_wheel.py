@@ -19,8 +19,7 @@ from tests.serving.servers import REPOSITORY
 PACKAGES = {"scheduler", "engine", "serving", "loadgen", "deploy"}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def build(tmp_path_factory, **environment):
     """Build as a user's pip would; the build tools are those of this environment."""
     out = tmp_path_factory.mktemp("dist")
     source = tmp_path_factory.mktemp("source")
@@ -31,9 +30,27 @@ def wheel(tmp_path_factory):
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(out), str(source)],
         check=True,
         capture_output=True,
+        env=os.environ | environment,
     )
     (path,) = out.glob("hocket-*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build(tmp_path_factory)
+
+
+def test_without_a_compiler_the_wheel_lacks_nothing_but_the_kernels(wheel, tmp_path_factory):
+    pure = build(tmp_path_factory, CXX="false")
+    assert pure.name.endswith("py3-none-any.whl")
+    whole, rest = (
+        {name for name in zipfile.ZipFile(path).namelist() if ".dist-info" not in name}
+        for path in (wheel, pure)
+    )
+    (kernels,) = whole - rest
+    assert kernels.startswith("engine/kernels/_native.")
+    assert not rest - whole
 
 
 def test_the_wheel_holds_the_five_packages_and_no_tests(wheel):
