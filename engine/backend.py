@@ -35,7 +35,7 @@ def load_best(
 ) -> tuple[DenseSlices, str]:
     """Return the model, and which kernels it runs on or why they are torch's, in words.
 
-    Raises UnknownKernels, ModelFormatError, and NotReproducible where torch is to be invariant.
+    Raises CannotStart, ModelFormatError, and NotReproducible where torch is to be invariant.
     """
     chosen = choose(torch.get_num_threads()) if device == "cpu" else NoKernels("")
     if isinstance(chosen, NativeKernels):

@@ -147,7 +147,7 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
     with times.phase("import", "importing torch"):
         import torch
 
-        from engine.backend import backend_of
+        from engine.backend import backend_of, load_best
         from engine.kv.cache import kv_geometry
     torch.set_num_threads(config.num_threads or machine.num_usable_cores())
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device, re.ASCII):
@@ -160,7 +160,13 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
     assert config.model_folder is not None
     _check_memory(config)
     with times.phase("weights", "reading weights"):
-        model, kernels = _load(config, times)
+        model, kernels = load_best(
+            config.model_folder,
+            config.dtype,
+            config.device,
+            lambda done, _: times.advance(done),
+            batch_invariant=config.batch_invariant,
+        )
     shape = model.shape
     with times.phase("kv", "making KV memory"):
         if config.kv_memory_bytes is not None:
@@ -192,23 +198,6 @@ def _executor(model: DenseSlices, backend: Backend, batch: PersistentBatch) -> E
     from engine.executors.sequential import SequentialExecutor
 
     return SequentialExecutor(model, backend.attention, backend.cache, batch, rows=backend.rows)
-
-
-def _load(config: EngineConfig, times: StartupTimes) -> tuple[DenseSlices, str]:
-    from engine.backend import load_best
-    from engine.kernels.native import UnknownKernels
-
-    assert config.model_folder is not None
-    try:
-        return load_best(
-            config.model_folder,
-            config.dtype,
-            config.device,
-            lambda done, _: times.advance(done),
-            batch_invariant=config.batch_invariant,
-        )
-    except UnknownKernels as error:
-        raise CannotStart(error.cause, error.remedy) from error
 
 
 def _check_memory(config: EngineConfig) -> None:

@@ -308,8 +308,8 @@ def bench_profile(
 
 def _measure_engine(model: str | None, measure: Callable[[Path, Progress], str]) -> None:
     """Find the model, measure it, print the report."""
-    from engine.kernels.native import UnknownKernels
     from engine.models.errors import ModelFormatError, NotReproducible
+    from engine.startup import CannotStart
     from serving.progress import TerminalProgress
     from serving.store.local import resolve
 
@@ -317,7 +317,7 @@ def _measure_engine(model: str | None, measure: Callable[[Path, Progress], str])
         folder = resolve(model, progress).path
         try:
             report = measure(folder, progress)
-        except (ModelFormatError, NotReproducible, UnknownKernels) as error:
+        except (ModelFormatError, NotReproducible, CannotStart) as error:
             raise UserError(error.cause, error.remedy) from error
     print(report)  # noqa: T201 (the command's result)
 

@@ -195,5 +195,5 @@ class NativeLlama:
             torch.zeros(size, num_projected, dtype=dtype),
             torch.zeros(size, c.intermediate_size, dtype=dtype),
         )
-        native = extension().Buffers(size, *(tensor.data_ptr() for tensor in tensors))
+        native = extension().Buffers(*(tensor.data_ptr() for tensor in tensors))
         return _Buffers(size, *tensors, native)

@@ -11,17 +11,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from engine.startup import CannotStart
+
 VARIABLE = "HOCKET_KERNELS"
 TORCH = "torch"
-
-
-class UnknownKernels(Exception):
-    """HOCKET_KERNELS names kernels that this machine or installation does not have."""
-
-    def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(cause, remedy)
-        self.cause = cause
-        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +45,7 @@ def levels() -> list[str]:
 def choose(num_threads: int) -> NativeKernels | NoKernels:
     """Return the best kernels of this machine, or those that the environment asks for.
 
-    Raises UnknownKernels if it asks for what is not there.
+    Raises CannotStart if it asks for what is not there.
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted == TORCH:
@@ -66,7 +59,7 @@ def choose(num_threads: int) -> NativeKernels | NoKernels:
     if wanted:
         if wanted not in found:
             known = ", ".join((TORCH, *found))
-            raise UnknownKernels(
+            raise CannotStart(
                 f"{VARIABLE}={wanted}: there are no such kernels here", f"name one of: {known}"
             )
         return NativeKernels(wanted, num_threads)

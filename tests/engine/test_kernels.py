@@ -22,7 +22,7 @@ from engine.batch import PersistentBatch, SamplingArrays
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.kernels.llama import NativeLlama
-from engine.kernels.native import NativeKernels, NoKernels, UnknownKernels, choose
+from engine.kernels.native import NativeKernels, NoKernels, choose
 from engine.kernels.rows import NativeRows
 from engine.kv.cache import KVCache
 from engine.models.registry import load_model
@@ -275,7 +275,7 @@ def test_the_best_level_is_chosen_and_any_can_be_forced(monkeypatch: pytest.Monk
     monkeypatch.setenv(native.VARIABLE, "torch")
     assert choose(1) == NoKernels("HOCKET_KERNELS=torch")
     monkeypatch.setenv(native.VARIABLE, "sse")
-    with pytest.raises(UnknownKernels) as caught:
+    with pytest.raises(CannotStart) as caught:
         choose(1)
     assert all(name in caught.value.remedy for name in ("torch", *LEVELS))
 

@@ -203,8 +203,6 @@ class LlamaModel {
          at<void>(attended)});
   }
 
-  int64_t num_bytes() const { return num_bytes_; }
-
  private:
   void run(Pool::Job job, const DenseArgs& args) { machine_->pool.run(job, &args, sizeof(args)); }
 
@@ -215,7 +213,6 @@ class LlamaModel {
     void* memory = aligned_alloc(4096, padded);
     if (!memory) throw std::bad_alloc();
     memory_.emplace_back(memory);
-    num_bytes_ += num_bytes;
     const PackArgs args{machine_->stages, at<void>(matrix), num_columns, depth, memory};
     machine_->pool.run(&pack_job, &args, sizeof(args));
     return {memory, num_columns, depth};
@@ -231,7 +228,6 @@ class LlamaModel {
   std::shared_ptr<Machine> machine_;
   Llama model_;
   std::vector<std::unique_ptr<void, FreeMemory>> memory_;
-  int64_t num_bytes_ = 0;
 };
 
 class PagedAttention {
@@ -306,20 +302,18 @@ NB_MODULE(_native, m) {
       .def("find_spoiled", &Machine::find_spoiled, Unlocked());
   nb::class_<Buffers>(m, "Buffers")
       .def("__init__",
-           [](Buffers* self, int max_num_tokens, Address token_ids, Address positions,
+           [](Buffers* self, Address token_ids, Address positions,
               Address residual, Address hidden, Address qkv, Address mlp) {
-             new (self) Buffers{max_num_tokens, at<int64_t>(token_ids), at<int64_t>(positions),
+             new (self) Buffers{at<int64_t>(token_ids), at<int64_t>(positions),
                                 at<float>(residual), at<void>(hidden), at<void>(qkv), at<void>(mlp)};
-           })
-      .def_ro("max_num_tokens", &Buffers::max_num_tokens);
+           });
   nb::class_<LlamaModel>(m, "LlamaModel")
       .def(nb::init<std::shared_ptr<Machine>, int, int, int, int, int, int, float, Address, Address, Address>())
       .def("add_layer", &LlamaModel::add_layer, Unlocked())
       .def("set_head", &LlamaModel::set_head, Unlocked())
       .def("first", &LlamaModel::first, Unlocked())
       .def("middle", &LlamaModel::middle, Unlocked())
-      .def("last", &LlamaModel::last, Unlocked())
-      .def_prop_ro("num_bytes", &LlamaModel::num_bytes);
+      .def("last", &LlamaModel::last, Unlocked());
   nb::class_<PreparedAttention>(m, "PreparedAttention");
   nb::class_<PagedAttention>(m, "PagedAttention")
       .def(nb::init<std::shared_ptr<Machine>, Address, int64_t, int64_t, int64_t, int64_t, int, int, int>())

@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <climits>
+#include <stdexcept>
 
 namespace hocket {
 
@@ -29,6 +30,7 @@ Pool::~Pool() {
 }
 
 void Pool::run(Job job, const void* args, int num_bytes) {
+  if (num_bytes > kMaxArgs) throw std::logic_error("the arguments of a stage are too large");
   const uint32_t stage = stage_.load(std::memory_order_relaxed) + 1;
   Entry& entry = ring_[stage % kRing];
   entry.job = job;

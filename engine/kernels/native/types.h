@@ -39,7 +39,6 @@ struct Llama {
 
 // The numbers of one batch on their way through the slices, each row-major [tokens, width].
 struct Buffers {
-  int max_num_tokens;
   int64_t* token_ids;
   int64_t* positions;
   float* residual;  // E
