@@ -1,5 +1,5 @@
 """A model on the best kernels there are for it, and what goes with its slices: KV memory, the
-attention that reads it, kernels for rows."""
+attention that reads it, the way through both, kernels for rows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from engine.attention.invariant import InvariantAttention
 from engine.attention.native import NativeAttention
 from engine.attention.protocol import AttentionBackend
 from engine.attention.reference import ReferenceAttention
+from engine.forward import Forward, by_slices
 from engine.kernels.llama import NativeLlama, NotForNative
 from engine.kernels.native import NativeKernels, NoKernels, choose
 from engine.kernels.rows import NativeRows
@@ -57,6 +58,7 @@ class Backend:
     cache: KVCache
     attention: AttentionBackend
     rows: RowKernels
+    forward: Forward
 
 
 def backend_of(
@@ -67,9 +69,12 @@ def backend_of(
     """
     if isinstance(model, NativeLlama):
         cache = KVCache(model.shape, geometry, is_packed=True)
-        return Backend(cache, NativeAttention(cache, model), NativeRows(model.machine))
+        native = NativeAttention(cache, model)
+        return Backend(cache, native, NativeRows(model.machine), native.forward)
     cache = KVCache(model.shape, geometry)
     if batch_invariant:
         meet_weights(model)
-        return Backend(cache, InvariantAttention(cache, model.shape), TorchRows())
-    return Backend(cache, ReferenceAttention(cache, model.shape.device), TorchRows())
+        attention: AttentionBackend = InvariantAttention(cache, model.shape)
+    else:
+        attention = ReferenceAttention(cache, model.shape.device)
+    return Backend(cache, attention, TorchRows(), by_slices(model, attention))

@@ -197,7 +197,14 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
 def _executor(model: DenseSlices, backend: Backend, batch: PersistentBatch) -> Executor:
     from engine.executors.sequential import SequentialExecutor
 
-    return SequentialExecutor(model, backend.attention, backend.cache, batch, rows=backend.rows)
+    return SequentialExecutor(
+        model,
+        backend.attention,
+        backend.cache,
+        batch,
+        rows=backend.rows,
+        forward=backend.forward,
+    )
 
 
 def _check_memory(config: EngineConfig) -> None:

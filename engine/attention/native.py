@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import ForwardBatch
-from engine.kernels.llama import NativeLlama
+from engine.kernels.llama import NativeCarry, NativeLlama
 from engine.kernels.native import extension
 from engine.kv.cache import KVCache
 
@@ -38,6 +38,7 @@ class NativeAttention:
     def __init__(self, cache: KVCache, model: NativeLlama) -> None:
         assert cache.is_packed
         self._cache = cache  # known to the kernels by address
+        self._model = model
         self._shape = shape = model.shape
         self._dtype = model.activation_dtype
         address, block, layer, value, head = cache.strides()
@@ -87,3 +88,12 @@ class NativeAttention:
             0 if lse_TH is None else lse_TH.data_ptr(),
         )
         return out_THD
+
+    def forward(
+        self, token_ids_T: Tensor, positions_T: Tensor, prepared: Prepared
+    ) -> tuple[NativeCarry, Tensor]:
+        """See `engine.forward`: all slices and the attention between them in one call."""
+        carry = self._model.forward(
+            token_ids_T, positions_T, self._attention, prepared.plan, prepared.out_THD
+        )
+        return carry, prepared.out_THD

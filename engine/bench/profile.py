@@ -182,9 +182,9 @@ def _executor(
     watch: Watch, model: DenseSlices, backend: Backend, batch: int, max_model_len: int
 ) -> SequentialExecutor:
     slices: Any = _Watched(
-        watch, model, {"first": "kernels", "middle": "kernels", "last": "kernels"}
+        watch, model, {"last": "kernels"}
     )
-    attention: Any = _Watched(watch, backend.attention, {"prepare": "pack", "attend": "kernels"})
+    attention: Any = _Watched(watch, backend.attention, {"prepare": "pack"})
     persistent: Any = _Watched(
         watch,
         PersistentBatch(batch, max_model_len, BLOCK_SIZE),
@@ -193,7 +193,14 @@ def _executor(
     rows: Any = _Watched(
         watch, backend.rows, {"peaks": "sample", "are_finite": "sample", "sample": "sample"}
     )
-    return SequentialExecutor(slices, attention, backend.cache, persistent, rows=rows)
+    return SequentialExecutor(
+        slices,
+        attention,
+        backend.cache,
+        persistent,
+        rows=rows,
+        forward=watch.around("kernels", "forward", backend.forward),
+    )
 
 
 def _drain(end: socket.socket) -> None:

@@ -62,6 +62,7 @@ class Stand:
             self.backend.cache,
             PersistentBatch(self.num_rows, self.max_model_len, BLOCK_SIZE),
             rows=self.backend.rows,
+            forward=self.backend.forward,
             sampler=sampler,
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.attention.protocol import AttentionBackend
 from engine.batch import ForwardBatch, Ints, PersistentBatch
+from engine.forward import Forward, by_slices
 from engine.isolation import RowResults, StepRunner
 from engine.kv.cache import KVCache
 from engine.logprobs import prompt_logprobs, sampled_logprobs
@@ -40,6 +41,7 @@ class SequentialExecutor:
         batch: PersistentBatch,
         *,
         rows: RowKernels | None = None,
+        forward: Forward | None = None,
         sampler: Sampler | None = None,
     ) -> None:
         self._model = model
@@ -47,6 +49,7 @@ class SequentialExecutor:
         self._cache = cache
         self._batch = batch
         self._rows = rows or TorchRows()
+        self._through = forward or by_slices(model, attention)
         self._sampler = sampler or self._rows.sample
         self._runner = StepRunner(batch, self._compute, self._canary)
         self._results: deque[StepResult] = deque()
@@ -87,16 +90,10 @@ class SequentialExecutor:
 
     def _forward(self, batch: ForwardBatch) -> tuple[Carry, Tensor]:
         """Run the slices up to the attention of the last layer."""
-        model, attention = self._model, self._attention
-        prepared = attention.prepare(batch)
-        carry, qkv = model.first(
-            self._to_device(batch.token_ids_T), self._to_device(batch.positions_T)
+        prepared = self._attention.prepare(batch)
+        return self._through(
+            self._to_device(batch.token_ids_T), self._to_device(batch.positions_T), prepared
         )
-        attended_THD = attention.attend(0, *qkv, prepared)
-        for layer in range(1, model.shape.num_layers):
-            carry, qkv = model.middle(layer, carry, attended_THD)
-            attended_THD = attention.attend(layer, *qkv, prepared)
-        return carry, attended_THD
 
     def _is_finite(
         self, batch: ForwardBatch, carry: Carry, attended_THD: Tensor

@@ -123,15 +123,27 @@ class NativeLlama:
         self._sampled = self._new_buffers(_MIN_NUM_TOKENS)
 
     def first(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[NativeCarry, Projected]:
-        c, num_tokens = self._config, len(token_ids_T)
-        self._batch = batch = self._at_least(num_tokens, self._batch)
-        batch.token_ids_T[:num_tokens] = token_ids_T
-        batch.positions_T[:num_tokens] = positions_T
-        self._model.first(batch.native, num_tokens)
-        qkv_TXD = batch.qkv_TN[:num_tokens].view(num_tokens, -1, c.head_dim)
-        sizes = [c.num_heads, c.num_kv_heads, c.num_kv_heads]
-        projected = Projected(*torch.split(qkv_TXD, sizes, dim=1))
-        return NativeCarry(batch.residual_TE[:num_tokens], projected), projected
+        carry = self._take(token_ids_T, positions_T)
+        self._model.first(self._batch.native, len(token_ids_T))
+        return carry, carry.projected
+
+    def forward(
+        self,
+        token_ids_T: Tensor,
+        positions_T: Tensor,
+        attention: Any,
+        plan: Any,
+        attended_THD: Tensor,
+    ) -> NativeCarry:
+        """Run `first`, and every `middle`, with `attention`, a native one, after each.
+
+        Leaves the last layer's attention in `attended_THD`.
+        """
+        carry = self._take(token_ids_T, positions_T)
+        self._model.forward(
+            self._batch.native, len(token_ids_T), attention, plan, attended_THD.data_ptr()
+        )
+        return carry
 
     def middle(
         self, layer: int, carry: NativeCarry, attended_THD: Tensor
@@ -153,6 +165,16 @@ class NativeLlama:
             logits_SV.data_ptr(),
         )
         return logits_SV
+
+    def _take(self, token_ids_T: Tensor, positions_T: Tensor) -> NativeCarry:
+        c, num_tokens = self._config, len(token_ids_T)
+        self._batch = batch = self._at_least(num_tokens, self._batch)
+        batch.token_ids_T[:num_tokens] = token_ids_T
+        batch.positions_T[:num_tokens] = positions_T
+        qkv_TXD = batch.qkv_TN[:num_tokens].view(num_tokens, -1, c.head_dim)
+        sizes = [c.num_heads, c.num_kv_heads, c.num_kv_heads]
+        projected = Projected(*torch.split(qkv_TXD, sizes, dim=1))
+        return NativeCarry(batch.residual_TE[:num_tokens], projected)
 
     def _add(self, layer: Layer) -> None:
         """Pack a layer. The kernels rotate neighbours, and see gate and up side by side."""

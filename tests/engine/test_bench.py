@@ -60,5 +60,5 @@ def test_a_profile_is_whole_and_its_trace_can_be_opened(folder: Path, tmp_path: 
         assert float(step) == pytest.approx(sum(map(float, phases)), abs=0.02)
     events = json.loads(path.read_text())["traceEvents"]
     assert {event["cat"] for event in events} == set(profile.PHASES) - {"other"}
-    # Three layers: a first slice, two in the middle and a last one, in each of five steps.
-    assert sum(event["name"] == "middle" for event in events) == 2 * 5 * 2
+    # All slices but the last are one call, in each of five steps.
+    assert sum(event["name"] == "forward" for event in events) == 2 * 5

@@ -18,6 +18,7 @@ namespace HOCKET_LEVEL {
 constexpr int kSlots = 16;                           // tokens of a block
 constexpr int kSegmentBlocks = 4;
 constexpr int kSegment = kSegmentBlocks * kSlots;
+constexpr int kSegmentsAhead = 2;  // read into the caches while one is attended to
 constexpr int kPart = 256;
 #ifdef __AVX512F__
 constexpr int kScoreRows = 6;  // 24 sums
@@ -98,11 +99,11 @@ INLINE void emit(const AttentionArgs& a, int token, int head, const float* whole
   }
 }
 
-// The blocks of a segment, of one layer and head, and of the segment that comes next.
+// The blocks of a segment, of one layer and head, and of the segment to read ahead.
 template <class W>
 struct Segment {
   const W* blocks[kSegmentBlocks];
-  const W* next[kSegmentBlocks];
+  const W* ahead[kSegmentBlocks];
 };
 
 // Rows [row, row + M) of an item and one segment: scores, weights, weighted values.
@@ -119,7 +120,7 @@ INLINE void attend_rows(const AttentionArgs& a, const Scratch<Num>& s, int row, 
   Alike<W, kFetch ? kSegmentBlocks : 0> keys_ahead;
   keys_ahead.step = kSlots * Num::kPair;
   if constexpr (kFetch) {
-    UNROLL for (int j = 0; j < kSegmentBlocks; j++) keys_ahead.w[j] = segment.next[j];
+    UNROLL for (int j = 0; j < kSegmentBlocks; j++) keys_ahead.w[j] = segment.ahead[j];
   }
   accumulate<Num, M, kSegmentBlocks>(score, s.query + row * dim, dim, segment.blocks, kSlots * Num::kPair, dim, keys_ahead);
   const Vec factor = set1(a.scale * 1.44269504f);
@@ -162,7 +163,7 @@ INLINE void attend_rows(const AttentionArgs& a, const Scratch<Num>& s, int row, 
       UNROLL for (int j = 0; j < J; j++) {
         const int64_t at = a.cache.value_offset + (d + j * kLanes) * Num::kPair;
         columns[j] = segment.blocks[block] + at;
-        if constexpr (kFetch) values_ahead.w[j] = segment.next[block] + at;
+        if constexpr (kFetch) values_ahead.w[j] = segment.ahead[block] + at;
       }
       const A* const weight = s.weight + block * kSlots;
       accumulate<Num, M, J>(out, weight, kSegment, columns, dim * Num::kPair, kSlots, values_ahead);
@@ -226,10 +227,12 @@ static void attend_item(const AttentionArgs& a, const AttentionItem& item,
     for (int key = part * kPart; key < part_end; key += kSegment) {
       Segment<W> segment;
       find_blocks<Num>(a, item, key, segment.blocks);
-      if (key + kSegment < last_end) {
-        find_blocks<Num>(a, item, key + kSegment, segment.next);
+      const int ahead = key + kSegmentsAhead * kSegment;
+      if (ahead < last_end) {
+        find_blocks<Num>(a, item, ahead, segment.ahead);
       } else {
-        find_blocks<Num>(a, next_item, next_item.first_part * kPart, segment.next);
+        const int begin = next_item.first_part * kPart;
+        find_blocks<Num>(a, next_item, begin + (ahead - last_end) / kSegment * kSegment, segment.ahead);
       }
       for (int r = 0; r < num_rows; r++) visible[r] = max_of(0, item.position + r / group + 1 - key);
       for (int r = 0; r < num_rows; r += kScoreRows) {

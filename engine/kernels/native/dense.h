@@ -32,8 +32,8 @@ INLINE bool norm(Member& me, const Llama& m, const Buffers& b, int num_tokens, c
 
 template <class Num>
 INLINE bool add_product(Member& me, const Buffers& b, int num_tokens, const void* x,
-                        const Packed& w) {
-  return gemm<Num>(me, static_cast<const typename Num::A*>(x), w.depth, num_tokens, w,
+                        const Packed& w, const Packed& following) {
+  return gemm<Num>(me, static_cast<const typename Num::A*>(x), w.depth, num_tokens, w, following,
                    [&](int row, int panel, Vec first, Vec second) INLINE_LAMBDA {
     const int column = panel * kPanel;
     float* const to = b.residual + static_cast<int64_t>(row) * w.num_columns + column;
@@ -52,7 +52,7 @@ INLINE bool project(Member& me, const Llama& m, const Buffers& b, int layer, int
   const int half = m.head_dim / 2;
   const Packed w = packed(y.qkv);
   A* const qkv = static_cast<A*>(b.qkv);
-  return gemm<Num>(me, static_cast<const A*>(b.hidden), m.hidden_size, num_tokens, w,
+  return gemm<Num>(me, static_cast<const A*>(b.hidden), m.hidden_size, num_tokens, w, packed(y.out),
                    [&](int row, int panel, Vec first, Vec second) INLINE_LAMBDA {
     const Vec sums[2] = {first, second};
     UNROLL for (int j = 0; j < 2; j++) {
@@ -72,21 +72,21 @@ INLINE bool project(Member& me, const Llama& m, const Buffers& b, int layer, int
 // Output projection and MLP of one layer (SwiGLU, Shazeer 2020), each added to the residual.
 template <class Num>
 INLINE bool finish(Member& me, const Llama& m, const Buffers& b, const void* attended, int layer,
-                   int num_tokens) {
+                   int num_tokens, const Packed& following) {
   using A = typename Num::A;
   const LlamaLayer& y = m.layers[layer];
-  if (!add_product<Num>(me, b, num_tokens, attended, packed(y.out))) return false;
+  if (!add_product<Num>(me, b, num_tokens, attended, packed(y.out), packed(y.gate_up))) return false;
   if (!norm<Num>(me, m, b, num_tokens, y.mlp_norm)) return false;
   A* const mlp = static_cast<A*>(b.mlp);
   const int size = m.intermediate_size;
   const bool is_done = gemm<Num>(me, static_cast<const A*>(b.hidden), m.hidden_size, num_tokens,
-                                 packed(y.gate_up),
+                                 packed(y.gate_up), packed(y.down),
                                  [&](int row, int panel, Vec gate, Vec up) INLINE_LAMBDA {
     const Vec log2_e = set1(-1.44269504f);
     const Vec silu = div(gate, add(set1(1.f), exp2(mul(gate, log2_e))));
     put(mlp + static_cast<int64_t>(row) * size + panel * kLanes, mul(silu, up));
   });
-  return is_done && add_product<Num>(me, b, num_tokens, b.mlp, packed(y.down));
+  return is_done && add_product<Num>(me, b, num_tokens, b.mlp, packed(y.down), following);
 }
 
 template <class Num>
@@ -104,7 +104,10 @@ static void first(Member& me, const DenseArgs& a) {
 
 template <class Num>
 static void middle(Member& me, const DenseArgs& a) {
-  if (!finish<Num>(me, *a.model, a.buffers, a.attended, a.layer - 1, a.num_tokens)) return;
+  if (!finish<Num>(me, *a.model, a.buffers, a.attended, a.layer - 1, a.num_tokens,
+                   packed(a.model->layers[a.layer].qkv))) {
+    return;
+  }
   project<Num>(me, *a.model, a.buffers, a.layer, a.num_tokens);
 }
 
@@ -123,10 +126,12 @@ static void last(Member& me, const DenseArgs& a) {
            static_cast<const A*>(a.attended) + row * width, width * sizeof(A));
   });
   if (!is_gathered) return;
-  if (!finish<Num>(me, m, b, attended, static_cast<int>(m.layers.size()) - 1, num)) return;
+  if (!finish<Num>(me, m, b, attended, static_cast<int>(m.layers.size()) - 1, num, packed(m.head))) {
+    return;
+  }
   if (!norm<Num>(me, m, b, num, m.norm)) return;
   const int vocab = m.vocab_size;
-  gemm<Num>(me, static_cast<const A*>(b.hidden), size, num, packed(m.head),
+  gemm<Num>(me, static_cast<const A*>(b.hidden), size, num, packed(m.head), packed(m.layers[0].qkv),
             [&](int row, int panel, Vec first, Vec second) INLINE_LAMBDA {
     const int column = panel * kPanel;
     float* const to = a.logits + static_cast<int64_t>(row) * vocab + column;

@@ -18,6 +18,8 @@ constexpr int kTileRows = 3;
 // Bytes of rows that stay in a core's own cache while the panels pass.
 constexpr int kRowBlockBytes = 1 << 20;
 constexpr int kMaxTiles = 32;
+constexpr int kFewRows = 2;  // are multiplied so fast that the next panel would come late
+constexpr int kNear = 4096;  // bytes read ahead for them
 constexpr int kSlice = 256;  // of the depth: 16 KiB of a bf16 panel, 12 KiB of a tile of rows
 
 struct Packed {
@@ -42,7 +44,7 @@ struct Alike {  // what lies elsewhere as that which is multiplied lies here
   const W* w[J ? J : 1];
   int64_t step;
   INLINE_LAMBDA void operator()(int k) const {
-    UNROLL for (int j = 0; j < J; j++) _mm_prefetch(reinterpret_cast<const char*>(w[j] + k * step), _MM_HINT_T0);
+    UNROLL for (int j = 0; j < J; j++) _mm_prefetch(reinterpret_cast<const char*>(w[j] + k * step), _MM_HINT_T1);
   }
 };
 
@@ -132,20 +134,32 @@ static void tile_of(int num_rows, const Panel<Num, Epilogue>& p, int row, int be
   }
 }
 
+// Where the panel lies that is multiplied after the last of this thread's own: the first of its own
+// in the product that follows.
+template <class Num>
+INLINE const char* first_own(const Member& me, const Packed& w) {
+  return static_cast<const char*>(w.data) +
+         static_cast<int64_t>(me.first_of(num_panels(w))) * kPanel * w.depth * sizeof(typename Num::W);
+}
+
 // Calls epilogue(row, panel, sums of columns 0 to 15, of 16 to 31) for all rows and panels.
 //
 // Many rows take a panel slice by slice, so that the slice and a tile of rows lie in the L1 cache.
-// The first tiles of a slice read the next one ahead.
+// The first tiles of a slice read the next one ahead, and those of a thread's last the first one of
+// `following`, the product that comes after.
 template <class Num, class Epilogue>
 INLINE bool gemm(Member& me, const typename Num::A* x, int64_t x_stride, int num_rows,
-                 const Packed& w, const Epilogue& epilogue) {
+                 const Packed& w, const Packed& following, const Epilogue& epilogue) {
   const int panels = num_panels(w);
   const int tiles = (num_rows + kTileRows - 1) / kTileRows;
   const int fitting = kRowBlockBytes / (w.depth * static_cast<int>(sizeof(typename Num::A)));
   const int most = min_of(kMaxTiles, max_of(1, fitting / kTileRows));
   const int blocks = (tiles + most - 1) / most;
   const int block = blocks ? (tiles + blocks - 1) / blocks * kTileRows : 0;
-  return me.each(blocks * panels, [&](int item) {
+  const int num_items = blocks * panels;
+  const int last_own = me.last_of(num_items);
+  const char* const after = first_own<Num>(me, following);
+  return me.each(num_items, [&](int item) {
     alignas(64) float kept[kMaxTiles * kTileRows * kPanel];
     const int first = item / panels * block, last = min_of(num_rows, first + block);
     const Panel<Num, Epilogue> panel{x, x_stride, w, item % panels, epilogue, kept, first};
@@ -155,7 +169,8 @@ INLINE bool gemm(Member& me, const typename Num::A* x, int64_t x_stride, int num
     for (int begin = 0; begin < w.depth; begin += slice) {
       const int end = min_of(w.depth, begin + slice);
       const int num_lines = (end - begin) / Num::kPair;  // half of those of the slice
-      next += num_lines * 128;
+      next = end == w.depth && item == last_own ? after : next + num_lines * 128;
+      if (last - first <= kFewRows) next += kNear - num_lines * 128;
       if (last - first <= kTileRows) {
         tile_of<Num, kTileRows, 2>(last - first, panel, first, begin, end, next);
         continue;

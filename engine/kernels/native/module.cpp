@@ -141,95 +141,6 @@ class Machine {
   std::vector<float> scratch_;
 };
 
-struct FreeMemory {
-  void operator()(void* memory) const { free(memory); }
-};
-
-struct PackArgs {
-  const Stages* stages;
-  const void* matrix;
-  int num_columns, depth;
-  void* packed;
-};
-
-class LlamaModel {
- public:
-  LlamaModel(const LlamaModel&) = delete;
-  ~LlamaModel() { machine_->pool.settle(); }
-  LlamaModel(std::shared_ptr<Machine> machine, int hidden_size, int intermediate_size,
-             int num_heads, int num_kv_heads, int head_dim, int vocab_size, float norm_eps,
-             Address embedding, Address cos, Address sin)
-      : machine_(std::move(machine)) {
-    model_.hidden_size = hidden_size;
-    model_.intermediate_size = intermediate_size;
-    model_.num_heads = num_heads;
-    model_.num_kv_heads = num_kv_heads;
-    model_.head_dim = head_dim;
-    model_.vocab_size = vocab_size;
-    model_.norm_eps = norm_eps;
-    model_.embedding = at<void>(embedding);
-    model_.cos = at<float>(cos);
-    model_.sin = at<float>(sin);
-  }
-
-  void add_layer(Address attention_norm, Address qkv, Address out, Address mlp_norm,
-                 Address gate_up, Address down) {
-    const int width = model_.num_heads * model_.head_dim;
-    const int kv_width = model_.num_kv_heads * model_.head_dim;
-    const int size = model_.hidden_size, inner = model_.intermediate_size;
-    model_.layers.push_back({pack(qkv, width + 2 * kv_width, size), pack(out, size, width),
-                             pack(gate_up, 2 * inner, size), pack(down, size, inner),
-                             at<float>(attention_norm), at<float>(mlp_norm)});
-  }
-
-  void set_head(Address norm, Address head) {
-    model_.norm = at<float>(norm);
-    model_.head = pack(head, model_.vocab_size, model_.hidden_size);
-  }
-
-  void first(const Buffers& buffers, int num_tokens) {
-    run(machine_->stages->first, {&model_, buffers, 0, num_tokens, nullptr, nullptr, {}, nullptr});
-  }
-
-  void middle(int layer, const Buffers& buffers, Address attended, int num_tokens) {
-    run(machine_->stages->middle,
-        {&model_, buffers, layer, num_tokens, nullptr, nullptr, {}, at<void>(attended)});
-  }
-
-  void last(const Buffers& buffers, Address attended, const Buffers& sampled, Address rows,
-            int num_rows, Address logits) {
-    run(machine_->stages->last,
-        {&model_, buffers, 0, num_rows, at<int64_t>(rows), at<float>(logits), sampled,
-         at<void>(attended)});
-  }
-
- private:
-  void run(Pool::Job job, const DenseArgs& args) { machine_->pool.run(job, &args, sizeof(args)); }
-
-  Matrix pack(Address matrix, int num_columns, int depth) {
-    const int panels = (num_columns + kPanel - 1) / kPanel;
-    const int64_t num_bytes = static_cast<int64_t>(panels) * kPanel * depth * machine_->number_bytes;
-    const int64_t padded = (num_bytes + 4095) / 4096 * 4096;
-    void* memory = aligned_alloc(4096, padded);
-    if (!memory) throw std::bad_alloc();
-    memory_.emplace_back(memory);
-    const PackArgs args{machine_->stages, at<void>(matrix), num_columns, depth, memory};
-    machine_->pool.run(&pack_job, &args, sizeof(args));
-    return {memory, num_columns, depth};
-  }
-
-  static void pack_job(Member& me, const void* args) {
-    const PackArgs& a = *static_cast<const PackArgs*>(args);
-    me.each((a.num_columns + kPanel - 1) / kPanel, [&](int panel) {
-      a.stages->pack_panel(a.matrix, a.num_columns, a.depth, panel, a.packed);
-    });
-  }
-
-  std::shared_ptr<Machine> machine_;
-  Llama model_;
-  std::vector<std::unique_ptr<void, FreeMemory>> memory_;
-};
-
 class PagedAttention {
  public:
   PagedAttention(std::shared_ptr<Machine> machine, Address cache, int64_t block_stride,
@@ -285,6 +196,109 @@ class PagedAttention {
   std::vector<float> partial_;  // of the stage that runs
 };
 
+struct FreeMemory {
+  void operator()(void* memory) const { free(memory); }
+};
+
+struct PackArgs {
+  const Stages* stages;
+  const void* matrix;
+  int num_columns, depth;
+  void* packed;
+};
+
+class LlamaModel {
+ public:
+  LlamaModel(const LlamaModel&) = delete;
+  ~LlamaModel() { machine_->pool.settle(); }
+  LlamaModel(std::shared_ptr<Machine> machine, int hidden_size, int intermediate_size,
+             int num_heads, int num_kv_heads, int head_dim, int vocab_size, float norm_eps,
+             Address embedding, Address cos, Address sin)
+      : machine_(std::move(machine)) {
+    model_.hidden_size = hidden_size;
+    model_.intermediate_size = intermediate_size;
+    model_.num_heads = num_heads;
+    model_.num_kv_heads = num_kv_heads;
+    model_.head_dim = head_dim;
+    model_.vocab_size = vocab_size;
+    model_.norm_eps = norm_eps;
+    model_.embedding = at<void>(embedding);
+    model_.cos = at<float>(cos);
+    model_.sin = at<float>(sin);
+  }
+
+  void add_layer(Address attention_norm, Address qkv, Address out, Address mlp_norm,
+                 Address gate_up, Address down) {
+    const int width = model_.num_heads * model_.head_dim;
+    const int kv_width = model_.num_kv_heads * model_.head_dim;
+    const int size = model_.hidden_size, inner = model_.intermediate_size;
+    model_.layers.push_back({pack(qkv, width + 2 * kv_width, size), pack(out, size, width),
+                             pack(gate_up, 2 * inner, size), pack(down, size, inner),
+                             at<float>(attention_norm), at<float>(mlp_norm)});
+  }
+
+  void set_head(Address norm, Address head) {
+    model_.norm = at<float>(norm);
+    model_.head = pack(head, model_.vocab_size, model_.hidden_size);
+  }
+
+  void first(const Buffers& buffers, int num_tokens) {
+    run(machine_->stages->first, {&model_, buffers, 0, num_tokens, nullptr, nullptr, {}, nullptr});
+  }
+
+  void middle(int layer, const Buffers& buffers, Address attended, int num_tokens) {
+    run(machine_->stages->middle,
+        {&model_, buffers, layer, num_tokens, nullptr, nullptr, {}, at<void>(attended)});
+  }
+
+  // `first`, and every `middle`, with the attention between them and the last layer's.
+  void forward(const Buffers& buffers, int num_tokens, PagedAttention& attention,
+               const PreparedAttention& prepared, Address attended) {
+    const Address query = reinterpret_cast<Address>(buffers.qkv);
+    const int64_t size = machine_->stages->activation_bytes * model_.head_dim;
+    const Address key = query + model_.num_heads * size, value = key + model_.num_kv_heads * size;
+    const int64_t stride = (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim;
+    first(buffers, num_tokens);
+    for (int layer = 0, num = static_cast<int>(model_.layers.size()); layer < num; layer++) {
+      if (layer) middle(layer, buffers, attended, num_tokens);
+      attention.attend(layer, prepared, query, key, value, stride, attended, 0);
+    }
+  }
+
+  void last(const Buffers& buffers, Address attended, const Buffers& sampled, Address rows,
+            int num_rows, Address logits) {
+    run(machine_->stages->last,
+        {&model_, buffers, 0, num_rows, at<int64_t>(rows), at<float>(logits), sampled,
+         at<void>(attended)});
+  }
+
+ private:
+  void run(Pool::Job job, const DenseArgs& args) { machine_->pool.run(job, &args, sizeof(args)); }
+
+  Matrix pack(Address matrix, int num_columns, int depth) {
+    const int panels = (num_columns + kPanel - 1) / kPanel;
+    const int64_t num_bytes = static_cast<int64_t>(panels) * kPanel * depth * machine_->number_bytes;
+    const int64_t padded = (num_bytes + 4095) / 4096 * 4096;
+    void* memory = aligned_alloc(4096, padded);
+    if (!memory) throw std::bad_alloc();
+    memory_.emplace_back(memory);
+    const PackArgs args{machine_->stages, at<void>(matrix), num_columns, depth, memory};
+    machine_->pool.run(&pack_job, &args, sizeof(args));
+    return {memory, num_columns, depth};
+  }
+
+  static void pack_job(Member& me, const void* args) {
+    const PackArgs& a = *static_cast<const PackArgs*>(args);
+    me.each((a.num_columns + kPanel - 1) / kPanel, [&](int panel) {
+      a.stages->pack_panel(a.matrix, a.num_columns, a.depth, panel, a.packed);
+    });
+  }
+
+  std::shared_ptr<Machine> machine_;
+  Llama model_;
+  std::vector<std::unique_ptr<void, FreeMemory>> memory_;
+};
+
 }  // namespace
 }  // namespace hocket
 
@@ -307,16 +321,17 @@ NB_MODULE(_native, m) {
              new (self) Buffers{at<int64_t>(token_ids), at<int64_t>(positions),
                                 at<float>(residual), at<void>(hidden), at<void>(qkv), at<void>(mlp)};
            });
+  nb::class_<PreparedAttention>(m, "PreparedAttention");
+  nb::class_<PagedAttention>(m, "PagedAttention")
+      .def(nb::init<std::shared_ptr<Machine>, Address, int64_t, int64_t, int64_t, int64_t, int, int, int>())
+      .def("prepare", &PagedAttention::prepare)
+      .def("attend", &PagedAttention::attend, Unlocked());
   nb::class_<LlamaModel>(m, "LlamaModel")
       .def(nb::init<std::shared_ptr<Machine>, int, int, int, int, int, int, float, Address, Address, Address>())
       .def("add_layer", &LlamaModel::add_layer, Unlocked())
       .def("set_head", &LlamaModel::set_head, Unlocked())
       .def("first", &LlamaModel::first, Unlocked())
       .def("middle", &LlamaModel::middle, Unlocked())
+      .def("forward", &LlamaModel::forward, Unlocked())
       .def("last", &LlamaModel::last, Unlocked());
-  nb::class_<PreparedAttention>(m, "PreparedAttention");
-  nb::class_<PagedAttention>(m, "PagedAttention")
-      .def(nb::init<std::shared_ptr<Machine>, Address, int64_t, int64_t, int64_t, int64_t, int, int, int>())
-      .def("prepare", &PagedAttention::prepare)
-      .def("attend", &PagedAttention::attend, Unlocked());
 }

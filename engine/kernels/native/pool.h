@@ -32,6 +32,10 @@ struct Member {
   // the stage ended without this thread: then it must return at once.
   template <class F>
   HOCKET_INLINE bool each(int n, F&& f);
+
+  // The first and the last of `n` items that this thread takes unless others are slow.
+  HOCKET_INLINE int first_of(int n) const;
+  HOCKET_INLINE int last_of(int n) const;
 };
 
 class Pool {
@@ -112,6 +116,16 @@ class Pool {
   std::atomic<bool> stopping_{false};
 };
 
+HOCKET_INLINE int start_of(int n, int id, int num_threads) {
+  return static_cast<int>(static_cast<int64_t>(n) * id / num_threads);
+}
+
+HOCKET_INLINE int Member::first_of(int n) const { return start_of(n, id, pool->num_threads_); }
+
+HOCKET_INLINE int Member::last_of(int n) const {
+  return start_of(n, id + 1, pool->num_threads_) - 1;
+}
+
 template <class F>
 HOCKET_INLINE bool Member::each(int n, F&& f) {
   loop++;
@@ -119,8 +133,7 @@ HOCKET_INLINE bool Member::each(int n, F&& f) {
   const int num = pool->num_threads_;
   int num_done = 0;
   for (int k = 0, owner = id; k < num; k++, owner = owner + 1 == num ? 0 : owner + 1) {
-    const int begin = static_cast<int>(static_cast<int64_t>(n) * owner / num);
-    const int end = static_cast<int>(static_cast<int64_t>(n) * (owner + 1) / num);
+    const int begin = start_of(n, owner, num), end = start_of(n, owner + 1, num);
     for (int i; (i = pool->claim(owner, loop, begin, end)) >= 0; num_done++) f(i);
   }
   if (num_done) pool->finish(num_done, target);
