@@ -1,4 +1,4 @@
-"""What the kernel keeps of a client that does not read, and how to be rid of it.
+"""What the kernel keeps of a client that does not read, and what a request may do past ASGI.
 
 Owns socket options and the way from a request to its connection. Decides about nobody.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -30,18 +31,39 @@ def set_options(listener: socket.socket, timeout_s: float) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-class HangUp:
-    """ASGI middleware, the outermost: `hang_up` of a request's state closes its connection.
+class Link:
+    """The connection of one request: what ASGI has no word for, or takes too long to say."""
 
-    ASGI has no word for it. uvicorn's `send` belongs to an object that has the transport; under
-    another server there is no `hang_up`, and a slow client loses its request alone.
+    def __init__(self, cycle: Any) -> None:
+        """`cycle` is uvicorn's, of one request and its answer."""
+        self._cycle = cycle
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether `write` may be called: the answer is in chunks, and its client keeps up."""
+        cycle = self._cycle
+        return cycle.chunked_encoding and not (cycle.flow.write_paused or cycle.disconnected)
+
+    def write(self, data: bytes) -> None:
+        """Write some of an answer whose head has gone, as `send` would."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def hang_up(self) -> None:
+        self._cycle.transport.abort()
+
+
+class Links:
+    """ASGI middleware, the outermost: `link` of a request's state is its connection.
+
+    uvicorn's `send` belongs to an object that has the transport. Under another server, and for
+    clients before HTTP/1.1, there is no `link`: what a slow client loses is its request alone.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        transport = getattr(getattr(send, "__self__", None), "transport", None)
-        if transport is not None:
-            scope.setdefault("state", {})["hang_up"] = transport.abort
+        cycle = getattr(send, "__self__", None)
+        if hasattr(cycle, "transport"):
+            scope.setdefault("state", {})["link"] = Link(cycle)
         await self._app(scope, receive, send)

@@ -16,7 +16,7 @@ import uvicorn
 
 from serving import logs
 from serving.api.entrance import Entrance
-from serving.connections import HangUp
+from serving.connections import Links
 from serving.http_connection import ACCEPTS_AT_ONCE, Connection
 from serving.ports import Port
 
@@ -42,7 +42,7 @@ class HttpServer(uvicorn.Server):
         self.entrance = Entrance()
         super().__init__(
             uvicorn.Config(
-                HangUp(self.entrance),
+                Links(self.entrance),
                 http=protocol,
                 ws="none",
                 backlog=ACCEPTS_AT_ONCE,  # which is all that asyncio does with it but for `listen`

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -202,10 +203,12 @@ class Metrics:
         self._observe("time_to_first_token_seconds", times.ttft_s)
         self._observe("prefill_time_seconds", times.prefill_s)
 
-    def next_token(self, gap_s: float) -> None:
-        self._generation_tokens.add()
-        self._num_iteration_tokens += 1
-        self._itl.observe(gap_s)
+    def next_tokens(self, gaps_s: Sequence[float]) -> None:
+        """So many streams got a token, each so long after its last; most gaps of a step are one."""
+        self._generation_tokens.add(len(gaps_s))
+        self._num_iteration_tokens += len(gaps_s)
+        for gap_s, num_gaps in Counter(gaps_s).items():
+            self._itl.observe(gap_s, num_gaps)
 
     def delivered(self, duration_s: float) -> None:
         """The tokens of a report are text, and with their streams."""

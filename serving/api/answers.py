@@ -57,7 +57,9 @@ async def respond(
         deadline_s = request.state.arrived_at_s + body.timeout
     open_answer = service.open_answer(group, pass_of(request), deadline_s)
     if body.stream:
-        return sse.event_stream(_chunks(group, head, form), open_answer)
+        return sse.event_stream(
+            _chunks(group, head, form), open_answer, _text_events(group, head, form)
+        )
     with open_answer:
         deltas = await _collect(request, group)
 
@@ -152,6 +154,19 @@ async def _chunks(
                 last["metrics"] = timings(group.streams[0].times)
             chunks.append(last)
         yield sse.Chunks(chunks, is_last)
+
+
+def _text_events(
+    group: StreamGroup, head: dict[str, Any], form: ChoiceForm
+) -> Callable[[], bytes | None] | None:
+    """Return what makes chunks of nothing but text; None if there are none in this answer."""
+    body, stream = form.body, group.streams[0]
+    if len(group.streams) > 1 or _has_scores(stream) or body.echoes_only():
+        return None
+    if body.return_token_ids or body.wants_usage_always():
+        return None
+    choice = _choice(form, 0, Delta(sse.TEXT, (), None), stream, first=False)
+    return sse.text_events(head | {"choices": [choice]}, stream.take_text)
 
 
 def _choice(

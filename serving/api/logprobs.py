@@ -27,7 +27,7 @@ def score_prompt(
     scored, num_chars = [], 0
     for token_id, logprobs in zip(token_ids, scores, strict=True):
         scored.append(ScoredToken(token_id, logprobs, num_chars))
-        num_chars += len(detokenizer.push((token_id,)))
+        num_chars += len(detokenizer.push(token_id))
     return scored
 
 

@@ -18,6 +18,7 @@ from serving.api.gate import Pass
 from serving.api.watch import Watch
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.streams import StreamGroup
+from serving.connections import Link
 from serving.errors import DeadlineExceeded
 from serving.telemetry.table import REJECTED, TIMEOUT
 
@@ -46,7 +47,7 @@ class OpenAnswer:
         self._deadline_s = deadline_s  # of the event loop's time; inf: the client set none
         self._keep_alive_s = keep_alive_s
         self._slow_client_timeout_s = slow_client_timeout_s
-        self._hang_up: Callable[[], None] | None = None
+        self._link: Link | None = None
         self._is_sending = False
         self._moved_at_s: float | None = None  # the last send's begin or end; None: no stream
 
@@ -61,10 +62,10 @@ class OpenAnswer:
         self._watch.remove(self)
         self._driver.cancel(self._group)
 
-    def streams_to(self, send: Send, hang_up: Callable[[], None] | None) -> Send:
-        """Return `send` with its waits looked at; `hang_up` is how to get rid of its reader."""
+    def streams_to(self, send: Send, link: Link | None) -> Send:
+        """Return `send` with its waits looked at; by the link one can be rid of its reader."""
         clock = asyncio.get_running_loop().time
-        self._hang_up = hang_up
+        self._link = link
         self._moved_at_s = clock()
 
         async def send_watched(message: Message) -> None:
@@ -73,6 +74,24 @@ class OpenAnswer:
             self._is_sending, self._moved_at_s = False, clock()
 
         return send_watched
+
+    def cut_short(self, texts: Callable[[], bytes | None]) -> None:
+        """Write from now on what `texts` brings as soon as a step is over, where that can be.
+
+        It returns events, or None if what is new is more than text: then they go through `send`.
+        """
+        link, clock = self._link, asyncio.get_running_loop().time
+        if link is None:
+            return
+
+        def write_texts() -> bool:
+            if self._is_sending or not link.is_clear or (data := texts()) is None:
+                return False
+            link.write(data)
+            self._moved_at_s = clock()
+            return True
+
+        self._group.shortcut = write_texts
 
     def look(self, now: float) -> None:
         if now >= self._deadline_s:
@@ -88,8 +107,8 @@ class OpenAnswer:
         elif silent_s >= self._slow_client_timeout_s:
             # Generation never waited: what came meanwhile is one delta, and goes with the stream.
             self.close()
-            if self._hang_up is not None:
-                self._hang_up()
+            if self._link is not None:
+                self._link.hang_up()
 
 
 class Frame(NamedTuple):
@@ -100,9 +119,16 @@ class Frame(NamedTuple):
 class EventResponse(Response):
     """Frames as they come. Headers go with the first: until then an error has its own status."""
 
-    def __init__(self, frames: AsyncIterator[Frame], answer: OpenAnswer) -> None:
+    def __init__(
+        self,
+        frames: AsyncIterator[Frame],
+        answer: OpenAnswer,
+        texts: Callable[[], bytes | None] | None,
+    ) -> None:
+        """`texts` returns frames of text alone, if that is what is new."""
         self._frames = frames
         self._answer = answer
+        self._texts = texts
         self.status_code = 200
         self.media_type = "text/event-stream"
         self.background = None
@@ -111,7 +137,7 @@ class EventResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises RequestError if one comes before the first frame."""
         leaving = asyncio.ensure_future(self._close_with_client(receive))
-        send = self._answer.streams_to(send, scope["state"].get("hang_up"))
+        send = self._answer.streams_to(send, scope["state"].get("link"))
         try:
             with self._answer:
                 is_first = True
@@ -120,6 +146,8 @@ class EventResponse(Response):
                         is_first = False
                         start = {"type": "http.response.start", "status": self.status_code}
                         await send(start | {"headers": self.raw_headers})
+                        if self._texts is not None:
+                            self._answer.cut_short(self._texts)
                     more = not is_last
                     await send({"type": "http.response.body", "body": data, "more_body": more})
         finally:

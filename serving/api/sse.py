@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -28,10 +28,36 @@ class Chunks(NamedTuple):
     is_last: bool
 
 
-def event_stream(parts: AsyncIterator[Chunks], answer: OpenAnswer) -> EventResponse:
+# In a chunk, where text is to stand: a byte that JSON does not have.
+TEXT: Any = msgspec.Raw(b"\0")
+
+
+def text_events(
+    chunk: dict[str, Any], take: Callable[[], str | None]
+) -> Callable[[], bytes | None]:
+    """Return what makes an event of the chunk and the text that `take` returns, unless it is None.
+
+    All but the text is encoded here, once.
+    """
+    before, after = event(chunk).split(bytes(TEXT))
+    encode = _encoder.encode
+
+    def next_event() -> bytes | None:
+        text = take()
+        return None if text is None else before + encode(text) + after
+
+    return next_event
+
+
+def event_stream(
+    parts: AsyncIterator[Chunks],
+    answer: OpenAnswer,
+    texts: Callable[[], bytes | None] | None = None,
+) -> EventResponse:
     """Send each chunk as an event; behind the last, `[DONE]`.
 
-    An error on the way becomes the last event; one before the first is raised.
+    An error on the way becomes the last event; one before the first is raised. What is text alone
+    may go past all this, as `texts` has it.
     """
 
     async def frames() -> AsyncIterator[Frame]:
@@ -52,4 +78,4 @@ def event_stream(parts: AsyncIterator[Chunks], answer: OpenAnswer) -> EventRespo
             log.exception("a stream failed inside the server")
             yield Frame(event(internal_error().body()) + DONE, is_last=True)
 
-    return EventResponse(frames(), answer)
+    return EventResponse(frames(), answer, texts)

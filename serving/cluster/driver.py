@@ -218,7 +218,7 @@ class ClusterDriver:
                 spec,
                 self._codec,
                 stops,
-                group.wake,
+                group,
                 shown,
                 observer,
                 origin=origin,

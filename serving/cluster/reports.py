@@ -7,7 +7,7 @@ elsewhere, and its tokens come from there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from engine.messages import StepEvents
 from scheduler.cluster.events import (
@@ -31,7 +31,7 @@ from scheduler.types import (
 )
 from serving import logs
 from serving.cluster.ends import StreamEnds
-from serving.cluster.streams import StreamTable
+from serving.cluster.streams import StreamGroup, StreamTable
 from serving.errors import GenerationFailed
 from serving.metrics import Metrics
 
@@ -63,9 +63,11 @@ class StepReports:
 
     def take(self, instance_id: InstanceId, report: StepEvents) -> None:
         owner = self._owner
-        self._on_progress(instance_id, report)
+        self._begin(instance_id, report)
+        began_s = self._clock()
+        groups, gaps_s = self._deliver(instance_id, report.tokens, began_s)
+        took_s = self._clock() - began_s
         # Before the ends, so that what they make room for goes by what is true now.
-        self._metrics.step(instance_id, report.view, report.step_s, report.plans_s)
         self._tell(Reported(instance_id, report.view))
         for finished in report.finished:
             if owner(finished.request_id) == instance_id:
@@ -75,8 +77,15 @@ class StepReports:
             if owner(rejected.request_id) == instance_id:
                 self._reject(rejected.request_id, rejected.reason)
             self._tell(Ended(rejected.request_id, instance_id))
+        for group in groups:  # now that all is there that the step has brought for it
+            self._tell_reader(group)
+        # Behind what clients wait for.
+        if report.tokens:
+            self._metrics.next_tokens(gaps_s)
+            self._metrics.delivered(took_s)
+        self._metrics.step(instance_id, report.view, report.step_s, report.plans_s)
 
-    def _on_progress(self, instance_id: InstanceId, report: StepEvents) -> None:
+    def _begin(self, instance_id: InstanceId, report: StepEvents) -> None:
         owner = self._owner
         for started in report.started:
             if owner(started.request_id) == instance_id:
@@ -84,19 +93,52 @@ class StepReports:
         for scored in report.prompt_logprobs:
             if owner(scored.request_id) == instance_id:
                 self._on_prompt_logprobs(scored)
-        if report.tokens:
-            now = self._clock()
-            tokens = [token for token in report.tokens if owner(token.request_id) == instance_id]
-            # Answers are written in the order in which their readers are woken: who waits for a
-            # first token is not to wait for the next ones of all others.
-            tokens.sort(key=lambda token: not self._is_awaited(token.request_id))
-            for token in tokens:
-                self._on_token(token, instance_id, now)
-            self._metrics.delivered(self._clock() - now)
 
-    def _is_awaited(self, request_id: RequestId) -> bool:
-        stream = self._streams.get(request_id)
-        return stream is not None and stream.awaits_token
+    def _deliver(
+        self, instance_id: InstanceId, tokens: Sequence[TokenEvent], now: float
+    ) -> tuple[Iterable[StreamGroup], list[float]]:
+        """Return whose readers are to be told, in order, and the times since the last tokens."""
+        owner, stream_of = self._owner, self._streams.get
+        # Who waits for a first token is not to wait for the next ones of all others.
+        firsts: dict[StreamGroup, None] = {}
+        others: dict[StreamGroup, None] = {}
+        gaps_s: list[float] = []
+        for token in tokens:
+            request_id, output_index, token_id, logprobs = token
+            stream = stream_of(request_id)
+            if stream is None or owner(request_id) != instance_id:
+                continue  # its client left while the step ran, or it went on elsewhere
+            if stream.awaits_token:
+                stream.awaits_token = False
+                firsts[stream.group] = None
+                self._tell(FirstToken(request_id, instance_id))
+            else:
+                others[stream.group] = None
+            num_tokens = output_index + 1 - stream.num_brought_tokens
+            if num_tokens in PROGRESS_MARKS:
+                self._tell(Progressed(request_id, instance_id, num_tokens))
+            if stream.has_readers:
+                gap_s = stream.marks.token(now)
+                if gap_s is None:
+                    self._metrics.first_token(stream.spec, stream.times)
+                else:
+                    gaps_s.append(gap_s)
+            try:
+                is_stopped = stream.deliver(output_index, token_id, logprobs)
+            except Exception as error:  # noqa: BLE001
+                self._ends.break_off(stream, error)
+                continue
+            if is_stopped:
+                self._ends.finish(stream, FinishReason.STOP)
+                self._tell(Cancelled(request_id, stream.num_tokens))
+        return firsts | others, gaps_s
+
+    def _tell_reader(self, group: StreamGroup) -> None:
+        try:
+            group.tell()
+        except Exception as error:  # noqa: BLE001
+            for stream in group.streams:
+                self._ends.break_off(stream, error)
 
     def _on_started(self, event: StartedEvent) -> None:
         stream = self._streams.get(event.request_id)
@@ -117,31 +159,6 @@ class StepReports:
             stream.take_prompt_logprobs(event.start, event.positions)
         except Exception as error:  # noqa: BLE001
             self._ends.break_off(stream, error)
-
-    def _on_token(self, event: TokenEvent, instance_id: InstanceId, now: float) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is None:  # its client left while the step ran
-            return
-        if stream.awaits_token:
-            stream.awaits_token = False
-            self._tell(FirstToken(event.request_id, instance_id))
-        num_tokens = event.output_index + 1 - stream.num_brought_tokens
-        if num_tokens in PROGRESS_MARKS:
-            self._tell(Progressed(event.request_id, instance_id, num_tokens))
-        if stream.has_readers:
-            gap_s = stream.marks.token(now)
-            if gap_s is None:
-                self._metrics.first_token(stream.spec, stream.times)
-            else:
-                self._metrics.next_token(gap_s)
-        try:
-            is_stopped = stream.deliver(event.output_index, event.token_id, event.logprobs)
-        except Exception as error:  # noqa: BLE001
-            self._ends.break_off(stream, error)
-            return
-        if is_stopped:
-            self._ends.finish(stream, FinishReason.STOP)
-            self._tell(Cancelled(event.request_id, stream.num_tokens))
 
     def _on_finished(self, event: FinishedEvent) -> None:
         self._metrics.finished(event.num_preemptions)

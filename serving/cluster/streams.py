@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from scheduler.types import FinishReason, Logprobs, RequestId, RequestSpec
@@ -71,13 +71,14 @@ class RequestStream:
         spec: RequestSpec,
         codec: TextCodec,
         stops: Sequence[str],
-        wake: asyncio.Event,
+        group: StreamGroup,
         shown: Shown = PLAIN_TEXT,
         observer: Observer | None = None,
         *,
         origin: Origin = _NOWHERE,
     ) -> None:
         self.spec = spec
+        self.group = group
         self.endpoint = origin.endpoint
         self.observer = observer
         self.token_ids: list[int] = []  # delivered, of all its lives
@@ -89,11 +90,12 @@ class RequestStream:
         self.finish_reason: FinishReason | None = None
         self.error: RequestError | None = None
         self.marks = RequestMarks(origin.arrived_at_s, origin.taken_at_s)
-        self._shown = shown
+        self.has_readers = not shown.nothing  # if not, nobody counts its tokens
+        self._hidden = () if shown.stop else spec.params.stop_token_ids  # they are no text
         self._detokenizer = Detokenizer(codec, skip_special_tokens=not shown.special_tokens)
         self._stop_filter = StopFilter(stops, shows_stop=shown.stop)
-        self._wake = wake
-        self._new_token_ids: list[int] = []
+        self._is_plain = not stops and spec.params.logprobs is None  # all text is shown at once
+        self._num_taken = 0  # tokens
         self._new_text = ""
         self._new_scored: list[ScoredToken] = []
         self._held_scored: deque[ScoredToken] = deque()  # their text is not shown yet
@@ -115,11 +117,6 @@ class RequestStream:
         """Where its time went so far."""
         return self.marks.times()
 
-    @property
-    def has_readers(self) -> bool:
-        """Whether its tokens are for somebody: if not, nobody counts them."""
-        return not self._shown.nothing
-
     def take_prompt_logprobs(self, start: int, positions: Sequence[Logprobs]) -> None:
         """Keep those of prompt tokens `start` and on; a prompt computed again may repeat some."""
         num_known = len(self.prompt_logprobs) + 1
@@ -132,22 +129,25 @@ class RequestStream:
     def deliver(self, output_index: int, token_id: int, logprobs: Logprobs | None = None) -> bool:
         """Take the token with this output index. True if it completed a stop string.
 
-        A token of an ended stream is dropped: it was computed before the instance knew.
+        A token of an ended stream is dropped: it was computed before the instance knew. Its reader
+        is told by `StreamGroup.tell`, once for all that a step brings.
         """
-        if self.ended:
+        if self.finish_reason is not None or self.error is not None:
             return False
-        if output_index != self.num_tokens:
+        if output_index != len(self.token_ids):
             raise AssertionError(
                 f"{self.spec.request_id}: token {output_index}, not {self.num_tokens}"
             )
         self.token_ids.append(token_id)
-        self._new_token_ids.append(token_id)
+        if self._is_plain:
+            if token_id not in self._hidden:
+                self._new_text += self._detokenizer.push(token_id)
+            return False
         if self.spec.params.logprobs is not None:
             self._held_scored.append(ScoredToken(token_id, logprobs, self._num_decoded_chars))
-        if self._shown.stop or token_id not in self.spec.params.stop_token_ids:
-            self._show(self._detokenizer.push((token_id,)))
+        if token_id not in self._hidden:
+            self._show(self._detokenizer.push(token_id))
         self._release_scored()
-        self._wake.set()
         return self._stop_filter.matched is not None
 
     def finish(self, reason: FinishReason) -> None:
@@ -159,26 +159,33 @@ class RequestStream:
                 self._release_scored(everything=self._stop_filter.matched is None)
             self.finish_reason = reason
             self._end_is_new = True
-            self._wake.set()
+            self.group.wake.set()
 
     def fail(self, error: RequestError) -> None:
         if not self.ended:
             self.error = error
-            self._wake.set()
+            self.group.wake.set()
 
     def take(self) -> Delta | None:
         """Return what came since the last call, None if nothing did."""
-        if not (self._new_token_ids or self._end_is_new):
+        new_token_ids = self.token_ids[self._num_taken :]
+        if not (new_token_ids or self._end_is_new):
             return None
         delta = Delta(
-            self._new_text,
-            tuple(self._new_token_ids),
-            self.finish_reason,
-            tuple(self._new_scored),
+            self._new_text, tuple(new_token_ids), self.finish_reason, tuple(self._new_scored)
         )
-        self._new_text, self._new_token_ids, self._new_scored = "", [], []
+        self._new_text, self._new_scored = "", []
+        self._num_taken = len(self.token_ids)
         self._end_is_new = False
         return delta
+
+    def take_text(self) -> str | None:
+        """Return the text alone of what `take` would, None if that would be nothing or an end."""
+        if self._num_taken == len(self.token_ids) or self._end_is_new:
+            return None
+        text, self._new_text = self._new_text, ""
+        self._num_taken = len(self.token_ids)
+        return text
 
     def state(self) -> dict[str, Any]:
         """Return where it stands as plain data for people, without its tokens and its text."""
@@ -208,12 +215,23 @@ class RequestStream:
 
 
 class StreamGroup:
-    """The streams of one HTTP request (choices, prompts), read as one."""
+    """The streams of one HTTP request (choices, prompts), read as one.
+
+    Its reader is a task that waits for `wake`. Beside it there may be a `shortcut`, that is called
+    first when a step has brought tokens: it does what the task would, or else returns False. What
+    it does costs no turn of the event loop.
+    """
 
     def __init__(self) -> None:
         self.wake = asyncio.Event()
         self.streams: list[RequestStream] = []
+        self.shortcut: Callable[[], bool] | None = None
         self._is_nudged = False
+
+    def tell(self) -> None:
+        """Have the reader take what a step has brought."""
+        if self.shortcut is None or not self.shortcut():
+            self.wake.set()
 
     def nudge(self) -> None:
         """Have `news` yield once, whatever there is: a sign of life is wanted."""
@@ -222,6 +240,7 @@ class StreamGroup:
 
     async def whole(self) -> list[Delta]:
         """Wait for the ends; return each stream as one delta. Raises the first stream's error."""
+        self.shortcut = lambda: True  # ends wake
         while not all(stream.finish_reason is not None for stream in self.streams):
             await self.wake.wait()
             self.wake.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.text.tokenizer import TextCodec
@@ -29,23 +29,27 @@ PLAIN_TEXT = Shown()
 class Detokenizer:
     """Text of one answer. The pieces joined are the decoded whole.
 
-    Decodes a short window: a few tokens of context, as a token's text may depend on the one before
-    (a leading space, a character in several tokens), and what is new.
+    A token that reads the same wherever it stands is looked up. Else a short window is decoded: a
+    few tokens of context, as a token's text may depend on the one before (a leading space, a
+    character in several tokens), and what is new.
     """
 
     def __init__(self, codec: TextCodec, *, skip_special_tokens: bool = True) -> None:
         self._codec = codec
         self._skips_special = skip_special_tokens
+        self._alone = codec.texts_alone(skip_special_tokens=skip_special_tokens)
         self._context: list[int] = []  # emitted already; decoded again to see the difference
         self._held: list[int] = []  # not emitted yet
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_id: int) -> str:
         """Return the text that is certain now."""
-        text = ""
-        for token_id in token_ids:
-            self._held.append(token_id)
-            text += self._emit()
-        return text
+        if self._alone.join and not self._held:
+            text = self._alone[token_id]
+            if _REPLACEMENT not in text:
+                self._context = [token_id]
+                return text
+        self._held.append(token_id)
+        return self._emit()
 
     def finish(self) -> str:
         """Return what was held back, incomplete characters as U+FFFD."""
@@ -67,10 +71,14 @@ class Detokenizer:
         return text + self._emit()
 
     def _new_text(self, token_ids: list[int]) -> str:
-        before, after = (
-            self._codec.decode(ids, skip_special_tokens=self._skips_special)
-            for ids in (self._context, self._context + token_ids)
-        )
+        context = self._context
+        if not context:
+            before = ""
+        elif len(context) == 1:
+            before = self._alone[context[0]]
+        else:
+            before = self._codec.decode(context, skip_special_tokens=self._skips_special)
+        after = self._codec.decode(context + token_ids, skip_special_tokens=self._skips_special)
         return after[len(before) :]
 
 

@@ -1,4 +1,4 @@
-"""The bytes of single tokens, as the vocabularies of the `tokenizers` library write them.
+"""Single tokens, their bytes and texts, as the vocabularies of the `tokenizers` library write them.
 
 Byte-level vocabularies spell each byte as a printable letter; those of SentencePiece spell a space
 as U+2581 and a lone byte as <0xHH>. Which one it is, the tokenizer's decoder tells.
@@ -49,6 +49,25 @@ class PieceBytes:
         if self._kinds & {"Metaspace", "Replace"}:
             return str(piece).replace(_SPACE, " ").encode()
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False)).encode()
+
+
+class TextsAlone(dict[int, str]):
+    """What each token reads as when it stands alone. Fills as it is asked, on any thread.
+
+    Where texts `join`, a whole character is never more than its bytes: a text without U+FFFD is the
+    same in any answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._skips_special = skip_special_tokens
+        self.join = _decoder_kinds(tokenizer) == {"ByteLevel"}
+
+    def __missing__(self, token_id: int) -> str:
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=self._skips_special)
+        self[token_id] = text
+        return text
 
 
 def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serving.errors import InvalidRequest, UserError
 from serving.text.control import ControlTokens
-from serving.text.pieces import PieceBytes
+from serving.text.pieces import PieceBytes, TextsAlone
 
 # The answers of the checksum executor: 95 printable ASCII characters and the end of the answer.
 FAKE_VOCAB_SIZE = 96
@@ -42,6 +42,9 @@ class TextCodec:
         self._literal: Tokenizer | None = None  # a copy to which control tokens are text
         self._copying = threading.Lock()
         self._pieces = PieceBytes(tokenizer)
+        self._texts_alone = {
+            skips: TextsAlone(tokenizer, skip_special_tokens=skips) for skips in (False, True)
+        }
         special = [
             token for token in tokenizer.get_added_tokens_decoder().values() if token.special
         ]
@@ -88,6 +91,10 @@ class TextCodec:
         """Return the text; incomplete UTF-8 becomes U+FFFD."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def texts_alone(self, *, skip_special_tokens: bool) -> TextsAlone:
+        """Return the texts of single tokens; all who ask share them."""
+        return self._texts_alone[skip_special_tokens]
 
     def decode_long(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Do what `decode` does, letting other threads run meanwhile."""

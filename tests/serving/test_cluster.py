@@ -38,7 +38,7 @@ from scheduler.types import (
 from serving.cluster.driver import ClusterDriver
 from serving.cluster.hosts import wire
 from serving.cluster.hosts.inproc import InProcessHandle
-from serving.cluster.streams import RequestStream
+from serving.cluster.streams import RequestStream, StreamGroup
 from serving.errors import GenerationFailed, InstanceLost, Unavailable
 from serving.metrics import Metrics
 from serving.text.tokenizer import fake_codec
@@ -215,7 +215,7 @@ def test_a_request_that_fails_while_the_server_drains_did_not_end_well():
 
 
 def make_stream(stops=(), **spec):
-    return RequestStream(make_spec("a", **spec), CODEC, stops, asyncio.Event())
+    return RequestStream(make_spec("a", **spec), CODEC, stops, StreamGroup())
 
 
 def test_tokens_beyond_a_stop_string_count_for_nothing():

@@ -222,7 +222,7 @@ def test_the_line_comes_while_there_is_work_and_once_after_it(log):
         watcher = asyncio.create_task(status.report_status(metrics, period_s=0.01))
         await asyncio.sleep(0.05)
         assert not text.getvalue()
-        metrics.next_token(0.1)
+        metrics.next_tokens([0.1])
         await asyncio.sleep(0.1)
         watcher.cancel()
 

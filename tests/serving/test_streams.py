@@ -15,7 +15,7 @@ from tests.serving.scripted import CODEC, Server, encode, says
 
 def make_group(*names):
     group = StreamGroup()
-    group.streams += [RequestStream(make_spec(name), CODEC, [], group.wake) for name in names]
+    group.streams += [RequestStream(make_spec(name), CODEC, [], group) for name in names]
     return group
 
 
@@ -26,6 +26,7 @@ def test_the_tokens_of_a_step_come_together_and_the_end_is_told_with_the_last():
         news = group.news()
         for stream, token_id in zip(group.streams, encode("xy"), strict=True):
             stream.deliver(0, token_id)
+        group.tell()
         deltas, is_last = await anext(news)
         assert [(index, delta.text) for index, delta in deltas] == [(0, "x"), (1, "y")]
         assert not is_last
@@ -49,6 +50,7 @@ def test_a_nudge_brings_nothing_unless_there_is_something():
         assert await anext(news) == ([], False)
         group.nudge()
         group.streams[0].deliver(0, encode("x")[0])
+        group.tell()
         deltas, _ = await anext(news)
         assert deltas, "that is sign enough"
         group.wake.set()

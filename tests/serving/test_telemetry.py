@@ -302,7 +302,7 @@ def test_rates_of_an_instance_see_its_first_event():
 
 def test_two_servers_in_one_process_do_not_meet():
     one, two = Metrics("m"), Metrics("m")
-    one.next_token(0.1)
+    one.next_tokens([0.1])
     assert list(samples(one.render(), "hocket_generation_tokens_total").values()) == [1]
     assert list(samples(two.render(), "hocket_generation_tokens_total").values()) == [0]
 

@@ -55,7 +55,7 @@ def test_a_vocabulary_of_words_is_decoded():
 @example("\ufffd" * 9 + "é")
 def test_pieces_are_whole_characters_and_join_to_the_text(text):
     detokenizer = Detokenizer(CODEC)
-    pieces = [detokenizer.push((i,)) for i in CODEC.encode(text, add_special_tokens=False)]
+    pieces = [detokenizer.push(i) for i in CODEC.encode(text, add_special_tokens=False)]
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
     assert "".join(pieces) + detokenizer.finish() == text
 
@@ -68,7 +68,7 @@ def test_broken_bytes_never_stall_the_stream(data):
     for byte in data:
         known = [token for token, value in table.items() if value == byte]
         token = known[0] if known else CODEC.encode("é", add_special_tokens=False)[byte % 2]
-        held = 0 if detokenizer.push((token,)) else held + 1
+        held = 0 if detokenizer.push(token) else held + 1
         assert held <= 4
     detokenizer.finish()
 
