@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -38,15 +39,20 @@ class Link:
         """`cycle` is uvicorn's, of one request and its answer."""
         self._cycle = cycle
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether `write` may be called: the answer is in chunks, and its client keeps up."""
-        cycle = self._cycle
-        return cycle.chunked_encoding and not (cycle.flow.write_paused or cycle.disconnected)
+    def write(self, take: Callable[[], bytes | None]) -> bool:
+        """Write what `take` returns of an answer whose head has gone, as `send` would.
 
-    def write(self, data: bytes) -> None:
-        """Write some of an answer whose head has gone, as `send` would."""
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        False if it returns None; or it was not called, as the client does not keep up, or its
+        answer is not in chunks.
+        """
+        cycle = self._cycle
+        if cycle.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+            return False
+        data = take()
+        if data is None:
+            return False
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def hang_up(self) -> None:
         self._cycle.transport.abort()

@@ -8,6 +8,7 @@ that leaves is seen without it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
@@ -64,14 +65,13 @@ class OpenAnswer:
 
     def streams_to(self, send: Send, link: Link | None) -> Send:
         """Return `send` with its waits looked at; by the link one can be rid of its reader."""
-        clock = asyncio.get_running_loop().time
         self._link = link
-        self._moved_at_s = clock()
+        self._moved_at_s = time.monotonic()
 
         async def send_watched(message: Message) -> None:
-            self._is_sending, self._moved_at_s = True, clock()
+            self._is_sending, self._moved_at_s = True, time.monotonic()
             await send(message)
-            self._is_sending, self._moved_at_s = False, clock()
+            self._is_sending, self._moved_at_s = False, time.monotonic()
 
         return send_watched
 
@@ -80,14 +80,13 @@ class OpenAnswer:
 
         It returns events, or None if what is new is more than text: then they go through `send`.
         """
-        link, clock = self._link, asyncio.get_running_loop().time
+        link, clock = self._link, time.monotonic
         if link is None:
             return
 
         def write_texts() -> bool:
-            if self._is_sending or not link.is_clear or (data := texts()) is None:
+            if self._is_sending or not link.write(texts):
                 return False
-            link.write(data)
             self._moved_at_s = clock()
             return True
 

@@ -77,8 +77,7 @@ class StepReports:
             if owner(rejected.request_id) == instance_id:
                 self._reject(rejected.request_id, rejected.reason)
             self._tell(Ended(rejected.request_id, instance_id))
-        for group in groups:  # now that all is there that the step has brought for it
-            self._tell_reader(group)
+        self._tell_readers(groups)  # now that all is there that the step has brought for each
         # Behind what clients wait for.
         if report.tokens:
             self._metrics.next_tokens(gaps_s)
@@ -133,12 +132,13 @@ class StepReports:
                 self._tell(Cancelled(request_id, stream.num_tokens))
         return firsts | others, gaps_s
 
-    def _tell_reader(self, group: StreamGroup) -> None:
-        try:
-            group.tell()
-        except Exception as error:  # noqa: BLE001
-            for stream in group.streams:
-                self._ends.break_off(stream, error)
+    def _tell_readers(self, groups: Iterable[StreamGroup]) -> None:
+        for group in groups:
+            try:
+                group.tell()
+            except Exception as error:  # noqa: BLE001
+                for stream in group.streams:
+                    self._ends.break_off(stream, error)
 
     def _on_started(self, event: StartedEvent) -> None:
         stream = self._streams.get(event.request_id)

@@ -8,6 +8,7 @@ of a token are shown when its text is, and never if a stop string cut it off.
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -81,7 +82,7 @@ class RequestStream:
         self.group = group
         self.endpoint = origin.endpoint
         self.observer = observer
-        self.token_ids: list[int] = []  # delivered, of all its lives
+        self.token_ids = array("I")  # delivered, of all its lives
         self.was_dispatched = False  # to an instance, so that another would be a replay
         self.awaits_token = False  # since it was handed to an instance
         self.num_brought_tokens = 0  # when it was handed to an instance
@@ -275,27 +276,18 @@ class StreamGroup:
                 raise error
 
 
-class StreamTable:
+class StreamTable(dict[RequestId, RequestStream]):
     """Every stream that has not ended, by request id."""
 
-    def __init__(self) -> None:
-        self._streams: dict[RequestId, RequestStream] = {}
-
-    def __len__(self) -> int:
-        return len(self._streams)
-
     def add(self, stream: RequestStream) -> None:
-        self._streams[stream.spec.request_id] = stream
+        self[stream.spec.request_id] = stream
 
-    def get(self, request_id: RequestId) -> RequestStream | None:
-        return self._streams.get(request_id)
-
-    def remove(self, request_id: RequestId) -> RequestStream | None:
-        return self._streams.pop(request_id, None)
+    def remove(self, request_id: RequestId) -> None:
+        self.pop(request_id, None)
 
     def state(self) -> dict[str, Any]:
         """Return every stream's state by request id."""
-        return {request_id: stream.state() for request_id, stream in self._streams.items()}
+        return {request_id: stream.state() for request_id, stream in self.items()}
 
     def open_ids(self) -> list[RequestId]:
-        return list(self._streams)
+        return list(self)

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models
 from serving.errors import InvalidRequest
 from serving.text.chat import ChatTemplate
 from serving.text.detokenizer import Detokenizer, StopFilter
-from serving.text.pieces import PieceBytes
-from serving.text.tokenizer import FAKE_CHAT_TEMPLATE, FAKE_VOCAB_SIZE, fake_codec
+from serving.text.pieces import PieceBytes, TextsAlone
+from serving.text.tokenizer import FAKE_CHAT_TEMPLATE, FAKE_VOCAB_SIZE, TextCodec, fake_codec
 
 CODEC = fake_codec()
 
@@ -58,6 +58,34 @@ def test_pieces_are_whole_characters_and_join_to_the_text(text):
     pieces = [detokenizer.push(i) for i in CODEC.encode(text, add_special_tokens=False)]
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
     assert "".join(pieces) + detokenizer.finish() == text
+
+
+@given(st.lists(st.integers(0, CODEC.vocab_size + 1), max_size=40), st.booleans())
+@example([*CODEC.encode("é🐦", add_special_tokens=False)[:5], 95, 40], True)
+def test_a_text_that_is_looked_up_is_the_one_decoded_in_its_place(ids, skips):
+    looks_up, decodes = (Detokenizer(CODEC, skip_special_tokens=skips) for _ in range(2))
+    decodes._alone = TextsAlone(CODEC._tokenizer, skip_special_tokens=skips)
+    decodes._alone.join = False
+    for token_id in ids:
+        assert looks_up.push(token_id) == decodes.push(token_id)
+    assert looks_up.finish() == decodes.finish()
+
+
+def test_texts_that_depend_on_what_stands_around_them_are_decoded_there():
+    vocab = {"▁Once": 0, "upon": 1, "<0xC3>": 2, "<0xA9>": 3, "<unk>": 4}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    codec = TextCodec(tokenizer, (), None, {})
+    detokenizer = Detokenizer(codec)
+    pieces = [detokenizer.push(token_id) for token_id in (0, 0, 1, 2, 3, 0)]
+    assert pieces == ["Once", " Once", "upon", "", "é", " Once"]
 
 
 @given(st.binary(max_size=30))
