@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -99,7 +98,7 @@ class RequestStream:
         self._num_taken = 0  # tokens
         self._new_text = ""
         self._new_scored: list[ScoredToken] = []
-        self._held_scored: deque[ScoredToken] = deque()  # their text is not shown yet
+        self._held_scored: list[ScoredToken] = []  # few: their text is not shown yet
         self._num_decoded_chars = 0
         self._num_shown_chars = 0
         self._end_is_new = False
@@ -212,7 +211,7 @@ class RequestStream:
         while self._held_scored and (
             everything or self._held_scored[0].text_offset < self._num_shown_chars
         ):
-            self._new_scored.append(self._held_scored.popleft())
+            self._new_scored.append(self._held_scored.pop(0))
 
 
 class StreamGroup:

@@ -112,13 +112,17 @@ def test_a_token_takes_few_calls_and_no_turn_of_the_loop(path):
             for _ in range(5):  # some steps tell the cluster scheduler how far requests are
                 streams.handle.step(token_id)
                 await asyncio.sleep(0)
-            with Calls() as step:
-                streams.handle.step(token_id)
-            with Calls() as turn:
-                await asyncio.sleep(0)
+            steps, turns = [], []
+            for _ in range(4):  # a timer may be due in one of them
+                with Calls() as step:
+                    streams.handle.step(token_id)
+                with Calls() as turn:
+                    await asyncio.sleep(0)
+                steps.append(step.num)
+                turns.append(turn.num)
             received = [each.recv(1 << 16) for each in sockets]
-            assert all(data.count(b':"b"') == 6 for data in received)
-        return step.num, turn.num
+            assert all(data.count(b':"b"') == 9 for data in received)
+        return min(steps), min(turns)
 
     (few, turn), (many, turn_of_many) = (asyncio.run(calls_of_a_step(num)) for num in (8, 40))
     a_token = (many - few) / 32
