@@ -29,8 +29,10 @@ PATHS = {"completions": {"prompt": "x"}, "chat/completions": {"messages": [
 class SteppedHandle(ScriptedHandle):
     """An instance that says a step's tokens when it is told to."""
 
+    index = 0  # of the next token
+
     async def _run(self, spec):
-        self.index = 0
+        """Say nothing by itself."""
 
     def step(self, token_id, *, is_last=False):
         """A token for each request, or no more."""
