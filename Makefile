@@ -24,14 +24,13 @@ fmt: $(VENV)/dev.stamp ## format and mend what a machine can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/dev.stamp ## micro-benchmarks: planning and dispatch time, fragmentation, startup by phase, what the stack costs, steps of the real model
+bench: $(VENV)/dev.stamp ## micro-benchmarks: planning and dispatch time, fragmentation, startup by phase, what the stack costs
 	$(BIN)/python -m tests.bench.planning
 	$(BIN)/python -m tests.bench.dispatch
 	$(BIN)/python -m tests.bench.burst
 	$(BIN)/python -m tests.bench.fragmentation
 	$(BIN)/python -m tests.bench.startup
 	$(BIN)/python -m tests.bench.stack_cost
-	$(BIN)/python -m tests.bench.step_cost
 
 exact: $(VENV)/dev.stamp ## compare every forced position with transformers (minutes)
 	$(BIN)/python -m tests.exact

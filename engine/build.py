@@ -24,9 +24,11 @@ from engine.executor import Executor
 from engine.fake import ChecksumExecutor
 from engine.messages import Ready, Report
 from engine.models.errors import NotReproducible
+from engine.profile import What
 from engine.startup import CannotStart, StartupTimes
+from engine.work import Shares
 from scheduler.config import InstanceConfig
-from scheduler.costs import LinearStepCost
+from scheduler.costs import StepCosts
 from scheduler.instance.plan import Chunk, Join, StepPlan
 from scheduler.instance.scheduler import InstanceScheduler
 from scheduler.kv.blocks import BlockGroup
@@ -34,15 +36,17 @@ from scheduler.types import KVGeometry, RequestId, SamplingParams
 
 if TYPE_CHECKING:
     from engine.backend import Backend
-    from engine.models.slices import DenseSlices
+    from engine.models.slices import DenseSlices, ModelShape
 
 _FAKE_MAX_MODEL_LEN = 8192
 _FAKE_BLOCK_BYTES = 8 * BLOCK_SIZE
 _FAKE_KV_BYTES = 16_384 * _FAKE_BLOCK_BYTES
 _REVISION_SAMPLE_BYTES = 1 << 20
+_MEASURING_S = 0.35  # of a start, for the times of steps; a large model's two shortest take longer
+_MEASURED_TOKENS = 288
 # Round numbers of no particular machine, between a small model on a CPU and a large one on a GPU;
-# `python -m tests.bench.step_cost` fits those of the machine that it runs on.
-FAKE_COST = LinearStepCost(
+# `hocket profile` writes those of the machine that it runs on.
+FAKE_COST = StepCosts.linear(
     fixed_s=0.010, token_s=0.0005, request_s=0.001, context_token_s=0.0000005
 )
 
@@ -55,11 +59,12 @@ def build_engine(
     Raises ModelFormatError for a model that cannot be read, CannotStart for a machine that cannot
     run it.
     """
+    costs: StepCosts | None
     try:
         if config.model_folder is None:
-            executor, ready = _build_fake(config)
+            executor, ready, costs = _build_fake(config)
         else:
-            executor, ready = _build_real(config, times)
+            executor, ready, costs = _build_real(config, times)
     except NotReproducible as error:
         raise CannotStart(error.cause, error.remedy) from error
     except (MemoryError, OSError) as error:
@@ -69,7 +74,7 @@ def build_engine(
             f"there is not enough memory for these limits: {error}",
             "lower --kv-memory, --max-num-running or --max-model-len",
         ) from error
-    scheduler = _scheduler(config, ready)
+    scheduler = _scheduler(config, ready, costs)
     ready = msgspec.structs.replace(
         ready,
         max_num_running=config.max_num_running,
@@ -79,10 +84,11 @@ def build_engine(
     return EngineCore(scheduler, executor, emit, depth=config.depth), ready
 
 
-def _scheduler(config: EngineConfig, ready: Ready) -> StepScheduler:
+def _scheduler(config: EngineConfig, ready: Ready, costs: StepCosts | None) -> StepScheduler:
     settings = InstanceConfig(
         max_model_len=ready.max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        max_step_s=config.max_step_s,
         max_num_running=config.max_num_running,
         max_num_waiting=config.max_num_waiting,
         policy=config.policy,
@@ -90,9 +96,9 @@ def _scheduler(config: EngineConfig, ready: Ready) -> StepScheduler:
         model_revision=_model_revision(config, ready),
     )
     if config.decision_log is None:
-        return InstanceScheduler(settings, ready.geometry)
+        return InstanceScheduler(settings, ready.geometry, costs)
     try:
-        return RecordingScheduler(settings, ready.geometry, new_log(config.decision_log))
+        return RecordingScheduler(settings, ready.geometry, new_log(config.decision_log), costs)
     except OSError as error:
         raise CannotStart(
             f"the decision log {config.decision_log} cannot be written: {error.strerror}",
@@ -118,9 +124,11 @@ def _model_revision(config: EngineConfig, ready: Ready) -> str:
     return digest.hexdigest()
 
 
-def _build_fake(config: EngineConfig) -> tuple[Executor, Ready]:
+def _build_fake(config: EngineConfig) -> tuple[Executor, Ready, StepCosts]:
     num_bytes = config.kv_memory_bytes or _FAKE_KV_BYTES
-    step_s = config.fake_step_s
+    costs = FAKE_COST if config.profile is None else config.profile.costs
+    if config.fake_step_s is not None:
+        costs = StepCosts.linear(fixed_s=config.fake_step_s)
     geometry = KVGeometry(
         block_size=BLOCK_SIZE,
         num_blocks=num_bytes // _FAKE_BLOCK_BYTES,
@@ -133,13 +141,15 @@ def _build_fake(config: EngineConfig) -> tuple[Executor, Ready]:
         max_num_rows=config.max_num_running,
         max_model_len=max_model_len,
         vocab_size=config.fake_vocab_size,
-        cost=FAKE_COST if step_s is None else LinearStepCost(fixed_s=step_s),
+        cost=costs,
     )
     ready = Ready(config.model_name, "checksum", "none", max_model_len, geometry)
-    return executor, ready
+    return executor, ready, costs
 
 
-def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Ready]:
+def _build_real(
+    config: EngineConfig, times: StartupTimes
+) -> tuple[Executor, Ready, StepCosts | None]:
     # Threads that wait for others spin a little, then sleep. By default libgomp spins for so long
     # that two processes on the same cores take four times their share of the time; without any
     # spinning a decode step alone takes up to twice as long. libgomp reads this when it is loaded.
@@ -187,11 +197,52 @@ def _build_real(config: EngineConfig, times: StartupTimes) -> tuple[Executor, Re
     with times.phase("warm_up", "warming up"):
         scratch = PersistentBatch(1, BLOCK_SIZE, BLOCK_SIZE)
         _warm_up(_executor(model, backend, scratch), backend.cache.scratch_block)
-    executor = _executor(model, backend, batch)
     dtype = str(shape.dtype).removeprefix("torch.")
-    return executor, Ready(
+    what = What(
+        model=config.model_folder.name,
+        dtype=dtype,
+        kernels=kernels,
+        num_threads=torch.get_num_threads(),
+    )
+    with times.phase("step_times", "measuring steps"):
+        num_row_tokens = min(max_model_len, _MEASURED_TOKENS)
+        scratch = PersistentBatch(1, num_row_tokens, BLOCK_SIZE)
+        stand_in = _executor(model, backend, scratch)
+        costs = _step_costs(config, what, stand_in, shape, min(num_row_tokens, geometry.num_tokens))
+    executor = _executor(model, backend, batch)
+    ready = Ready(
         config.model_name, dtype, str(shape.device), max_model_len, geometry, kernels=kernels
     )
+    return executor, ready, costs
+
+
+def _step_costs(
+    config: EngineConfig, what: What, executor: Executor, shape: ModelShape, num_tokens: int
+) -> StepCosts | None:
+    """Return what steps cost: as a profile says, or measured on a row of so many tokens.
+
+    None if nobody needs to know, or there is no room to measure.
+    """
+    from engine.models.registry import read_config
+    from engine.step_times import Stand, estimate, measure_within
+
+    if config.profile is not None:
+        difference = config.profile.what.difference(what)
+        if difference is not None:
+            raise CannotStart(
+                f"the steps of --step-costs were measured with {difference}",
+                "measure again with `hocket profile`, or leave --step-costs out",
+            )
+        return config.profile.costs
+    if config.max_step_s is None:
+        return None
+    assert config.model_folder is not None
+    num_blocks = num_tokens // BLOCK_SIZE
+    stand = Stand(executor, num_rows=1, num_row_tokens=num_tokens, num_blocks=num_blocks)
+    cells = measure_within(stand, _MEASURING_S)
+    if len(cells) < 2:
+        return None
+    return estimate(cells, Shares.of(read_config(config.model_folder), shape))
 
 
 def _executor(model: DenseSlices, backend: Backend, batch: PersistentBatch) -> Executor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.profile import Profile
+
 BLOCK_SIZE = 16  # tokens; small enough to waste little, large enough for long copies
 
 
@@ -20,6 +22,8 @@ class EngineConfig:
     kv_memory_bytes: int | None = None
     max_model_len: int | None = None
     max_num_batched_tokens: int = 512
+    max_step_s: float | None = None  # of a step while requests decode
+    profile: Profile | None = None  # what steps cost; None: measured at start
     max_num_running: int = 64
     max_num_waiting: int = 512
     depth: int = 1  # steps in flight

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from scheduler.config import InstanceConfig
+from scheduler.costs import StepCosts
 from scheduler.instance.plan import StepPlan, StepResult
 from scheduler.instance.scheduler import InstanceScheduler
 from scheduler.load import InstanceView
@@ -41,6 +42,7 @@ class Begun(_Line, frozen=True):
 
     config: InstanceConfig
     geometry: KVGeometry
+    costs: StepCosts | None = None
 
 
 class Added(_Line, frozen=True):
@@ -86,10 +88,16 @@ class RecordingScheduler:
     Making it writes the first line; raises OSError if that cannot be done.
     """
 
-    def __init__(self, config: InstanceConfig, geometry: KVGeometry, file: BinaryIO) -> None:
-        self._inner = InstanceScheduler(config, geometry)
+    def __init__(
+        self,
+        config: InstanceConfig,
+        geometry: KVGeometry,
+        file: BinaryIO,
+        costs: StepCosts | None = None,
+    ) -> None:
+        self._inner = InstanceScheduler(config, geometry, costs)
         self._file: BinaryIO | None = file
-        file.write(_encoder.encode(Begun(config, geometry)) + b"\n")
+        file.write(_encoder.encode(Begun(config, geometry, costs)) + b"\n")
 
     def add(
         self, spec: RequestSpec, now: float, output_token_ids: Sequence[int] = ()
@@ -174,7 +182,7 @@ def replay(path: Path) -> Iterator[Difference | None]:
         assert isinstance(begun, Begun)
     except (IndexError, AssertionError, msgspec.DecodeError) as error:
         raise ValueError(f"{path} is no decision log") from error
-    scheduler = InstanceScheduler(begun.config, begun.geometry)
+    scheduler = InstanceScheduler(begun.config, begun.geometry, begun.costs)
     for number, line in enumerate(lines[1:], start=2):
         entry = _decoder.decode(line)
         if isinstance(entry, Begun):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from engine.batch import ForwardBatch, Ints, PersistentBatch, PromptScores, RowRules
 from engine.isolation import RowResults, StepRunner
-from scheduler.costs import LinearStepCost, StepCostModel, StepShape
+from scheduler.costs import StepCosts, StepShape
 from scheduler.instance.plan import Failure, SampledToken, StepPlan, StepResult
 from scheduler.types import KVGeometry, Logprobs, PromptLogprobs, RequestId
 
@@ -51,7 +51,7 @@ class ChecksumExecutor:
         max_num_rows: int,
         max_model_len: int,
         vocab_size: int,
-        cost: StepCostModel | None = None,
+        cost: StepCosts | None = None,
         fault: Fault = lambda _, __: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -61,14 +61,14 @@ class ChecksumExecutor:
         self._kv = np.zeros((geometry.num_blocks, geometry.block_size), dtype=np.uint64)
         self._slots = self._kv.reshape(-1)
         self._vocab_size = np.uint64(vocab_size)
-        self._cost = cost or LinearStepCost()
+        self._cost = cost or StepCosts()
         self._fault = fault
         self._has_garbage = False
         self._clock = clock
         self._sleep = sleep
         self._done_at_s = 0.0
         self._results: deque[tuple[float, StepResult]] = deque()
-        self._shape = StepShape(0, 0, 0)  # of the step that is being computed
+        self._shape = StepShape()  # of the step that is being computed
         self.num_runs = 0  # of `_compute`; one a step unless something fails
 
     def submit(self, plan: StepPlan) -> None:
@@ -76,7 +76,7 @@ class ChecksumExecutor:
             self._kv[start : start + num_blocks] = 0
         for source, target, num_tokens in plan.copies:
             self._kv[target, :num_tokens] = self._kv[source, :num_tokens]
-        self._shape = StepShape(0, 0, 0)
+        self._shape = StepShape()
         results = self._runner.run(plan)
         cost_s = self._cost.step_s(self._shape)
         # A device runs one step at a time: this one begins when the one before it is done.
@@ -95,7 +95,12 @@ class ChecksumExecutor:
 
     def _compute(self, batch: ForwardBatch) -> RowResults:
         self.num_runs += 1
-        shape = StepShape(len(batch.token_ids_T), len(batch.seq_len_R), int(batch.seq_len_R.sum()))
+        shape = StepShape(
+            num_tokens=len(batch.token_ids_T),
+            num_requests=len(batch.seq_len_R),
+            num_context_tokens=int(batch.seq_len_R.sum()),
+            num_visits=int(batch.positions_T.sum()) + len(batch.positions_T),
+        )
         # One that is computed again after a failure costs what the largest part of it does.
         self._shape = max(self._shape, shape)
         faults = self._faults(batch)

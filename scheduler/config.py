@@ -19,6 +19,7 @@ class InstanceConfig:
 
     max_model_len: int  # prompt + output tokens of one request
     max_num_batched_tokens: int = 512  # token budget of a step
+    max_step_s: float | None = None  # of a step while requests decode: see `instance.budget`
     max_num_running: int = 64
     max_num_waiting: int = 512  # beside those that may run; beyond it a request is refused
     policy: str = "fcfs"
@@ -30,6 +31,8 @@ class InstanceConfig:
         for name in ("max_model_len", "max_num_batched_tokens", "max_num_running"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_step_s is not None and not self.max_step_s > 0:
+            raise ValueError(f"max_step_s must be more than 0, not {self.max_step_s}")
         if self.max_num_waiting < 0:
             raise ValueError(f"max_num_waiting must not be negative, not {self.max_num_waiting}")
         if self.max_num_batched_tokens < self.max_num_running:

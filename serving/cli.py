@@ -85,6 +85,46 @@ def replay(file: Path, /) -> None:
     sys.exit(0 if report(file) else 1)
 
 
+@app.command
+def profile(
+    model: str | None = None,
+    /,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    out: Path = Path("profile.json"),
+    rounds: int = 7,
+) -> None:
+    """Measure how long steps take, for `hocket serve --step-costs FILE`.
+
+    Parameters
+    ----------
+    model
+        As for `hocket serve`.
+    dtype
+        As for `hocket serve`.
+    out
+        File to write.
+    rounds
+        Each measures every kind of step, in some seconds; medians count.
+    """
+    if rounds < 1:
+        raise UserError("--rounds must be at least 1", "leave it out for the usual number")
+    from engine.bench.step_times import main as measure
+    from engine.bench.step_times import table
+
+    def measure_and_write(folder: Path, progress: Progress) -> str:
+        found = measure(folder, dtype, rounds, progress)
+        try:
+            found.write(out)
+        except OSError as error:
+            raise UserError(
+                f"{out} cannot be written: {error.strerror}", "name another file with --out"
+            ) from error
+        return f"{table(found)}\n\nwritten to {out}"
+
+    _measure_engine(model, measure_and_write)
+
+
 _Admin = Annotated[str, Parameter(env_var="HOCKET_ADMIN_URL")]
 _ADMIN = "http://127.0.0.1:8001"
 

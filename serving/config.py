@@ -44,7 +44,13 @@ class ServeFlags:
         How much of the queue and of the streams one tenant may take; beyond it the answer is 429.
         By default all, or a half where the keys are of several tenants.
     max_num_batched_tokens
-        Tokens of one step: small steps make steady streams, large ones quick prompts.
+        Tokens of one step, when no answer is being written; else see --max-step-ms.
+    max_step_ms
+        Milliseconds that a step takes at most while answers are being written: so long a new prompt
+        may hold up their next tokens. Of prompts each step computes what fits, and 16 tokens
+        at least; decoding alone may take longer. 0 sets no limit.
+    step_costs
+        What steps cost, as `hocket profile` wrote it; by default measured in a moment at start.
     scheduling_policy
         Who computes first: fcfs is first come, first served; priority goes by each request's
         `priority`, smaller first.
@@ -123,6 +129,8 @@ class ServeFlags:
     max_queue_age: float = 60.0
     tenant_share: float | None = None
     max_num_batched_tokens: int = 512
+    max_step_ms: float = 100.0
+    step_costs: Path | None = None
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     prefix_caching: bool = True
     batch_invariant: bool = False

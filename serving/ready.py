@@ -23,6 +23,7 @@ PHASES = {
     "weights": "weights",
     "kv": "KV",
     "warm_up": "warm-up",
+    "step_times": "step times",
     "ray": "Ray",
     "model": "model",
     "server": "server",
@@ -66,7 +67,7 @@ def ready_block(
         (
             "Limits",
             f"{ready.max_model_len:,} tokens a request, {limits.max_num_running} running, "
-            f"{limits.max_num_waiting} waiting, {engine.max_num_batched_tokens} tokens a step, "
+            f"{limits.max_num_waiting} waiting, {_step(engine)}, "
             f"body {config.max_body_bytes // 1024:,} KiB",
         ),
         ("Mode", _mode(engine)),
@@ -115,6 +116,12 @@ def _next_command(config: ServeConfig) -> list[tuple[str, str]]:
 
 def _admin_url(config: ServeConfig) -> str:
     return f"http://{ADMIN_HOST}:{config.admin_port}"
+
+
+def _step(engine: EngineConfig) -> str:
+    """Return what bounds a step."""
+    tokens = f"{engine.max_num_batched_tokens} tokens a step"
+    return tokens if engine.max_step_s is None else f"{tokens} or {1000 * engine.max_step_s:g} ms"
 
 
 def _mode(engine: EngineConfig) -> str:

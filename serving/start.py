@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.messages import Ready
+from engine.profile import Profile
 from engine.startup import StartupTimes
 from scheduler.types import InstanceId
 from serving.admission import AdmissionLimits
@@ -130,7 +131,10 @@ def check_flags(flags: ServeFlags) -> None:
             f"--max-num-running {flags.max_num_running}, and each computes a token in every step",
             "raise the first or lower the second",
         )
-    for name in ("max_num_waiting", "drain_timeout", "max_queue_age", "priority_headroom"):
+    for name in (
+        *("max_num_waiting", "drain_timeout", "max_queue_age", "priority_headroom"),
+        "max_step_ms",
+    ):
         value = getattr(flags, name)
         if not value >= 0:  # so that NaN is refused too
             raise UserError(f"{_flag(name)} {value} makes no sense", "it must be 0 or more")
@@ -182,6 +186,8 @@ def make_config(
         kv_memory_bytes=kv_memory_bytes,
         max_model_len=flags.max_model_len,
         max_num_batched_tokens=flags.max_num_batched_tokens,
+        max_step_s=flags.max_step_ms / 1000 or None,
+        profile=_read_profile(flags.step_costs),
         max_num_running=flags.max_num_running,
         max_num_waiting=flags.max_num_waiting,
         depth=flags.depth,
@@ -210,6 +216,18 @@ def make_config(
         max_num_streams=flags.max_num_streams,
     )
     return replace(config, admission=config.admission_of(range(config.num_instances)))
+
+
+def _read_profile(path: Path | None) -> Profile | None:
+    if path is None:
+        return None
+    try:
+        return Profile.read(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--step-costs {path} cannot be read: {error}",
+            "name a file that `hocket profile` wrote with this version",
+        ) from error
 
 
 def _admission_limits(flags: ServeFlags, num_tenants: int) -> AdmissionLimits:

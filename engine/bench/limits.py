@@ -25,6 +25,7 @@ from engine.kernels.native import NativeKernels, choose, extension
 from engine.models.registry import read_config
 from engine.models.slices import ModelShape
 from engine.startup import Progress
+from engine.work import Work
 
 _READ_BYTES = 512 << 20  # more than caches hold
 _GEMM_SIZE = 2048
@@ -44,37 +45,6 @@ class Choices:
     def cases(self) -> list[Case]:
         decodes = [Case(batch=size, context=self.context) for size in self.batch]
         return [*decodes, Case(batch=1, context=0, num_tokens=self.chunk)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What a step has to do at least."""
-
-    num_bytes: int  # weights, keys and values read once
-    num_flops: int
-
-    @classmethod
-    def of(cls, case: Case, config: dict[str, Any], shape: ModelShape) -> Work:
-        """Count the products with weights and the attention; the rest is next to nothing.
-
-        The last layer's output projection and MLP, and the head, are for sampled rows alone.
-        """
-        hidden, inner = config["hidden_size"], config["intermediate_size"]
-        width = shape.num_heads * shape.head_dim
-        projected = hidden * (width + 2 * shape.num_kv_heads * shape.head_dim)
-        finished = hidden * (width + 3 * inner)
-        head = hidden * shape.vocab_size
-        num_tokens, layers = case.batch * case.num_tokens, shape.num_layers
-        by_token = layers * projected + (layers - 1) * finished
-        weights = by_token + finished + head
-        # Token i of a chunk sees the context, those before it, and itself.
-        keys = case.batch * sum(range(case.context + 1, case.context + case.num_tokens + 1))
-        kept = case.batch * (case.context + case.num_tokens)
-        return cls(
-            num_bytes=weights * shape.dtype.itemsize + kept * shape.kv_token_bytes,
-            num_flops=2 * (num_tokens * by_token + case.batch * (finished + head))
-            + 4 * keys * width * layers,
-        )
 
 
 @dataclass(slots=True)
@@ -122,8 +92,14 @@ def main(folder: Path, dtype: str, choices: Choices, progress: Progress) -> str:
     ]
     config = read_config(folder)
     for case, arm in zip(cases, seconds, strict=True):
-        lines.append(_line(case, Work.of(case, config, model.shape), limits, arm))
+        lines.append(_line(case, _work(case, config, model.shape), limits, arm))
     return "\n".join(lines)
+
+
+def _work(case: Case, config: dict[str, Any], shape: ModelShape) -> Work:
+    return Work.of(
+        config, shape, batch=case.batch, context=case.context, num_tokens=case.num_tokens
+    )
 
 
 def _line(case: Case, work: Work, limits: _Limits, seconds: list[float]) -> str:

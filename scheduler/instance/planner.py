@@ -1,16 +1,20 @@
 """Makes the next step plan: who computes how many tokens, who is admitted, who gives way.
 
 Running and waiting requests are walked merged by rank. Whoever runs gets a token at least; what is
-left of the budget goes to chunks in that order; who waits is admitted while tokens, places and
-blocks last, and takes them from running requests of a lower rank if it must.
+left of the step's tokens and of its time goes to chunks in that order; who waits is admitted while
+tokens, time, places and blocks last, and takes places and blocks from running requests of a lower
+rank if it must.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from math import inf
 
 from scheduler.config import InstanceConfig
+from scheduler.costs import StepCosts, StepShape
+from scheduler.instance.budget import Pace, StepBudget
 from scheduler.instance.plan import Append, BlockCopy, Chunk, Join, StepPlan
 from scheduler.instance.preemption import newest, outranked
 from scheduler.instance.prefixes import RequestPrefixes
@@ -34,6 +38,7 @@ class _Draft:
         "num_requests",
         "num_tokens_left",
         "progress",
+        "time",
     )
 
     def __init__(self, num_tokens_left: int, now: float) -> None:
@@ -41,6 +46,7 @@ class _Draft:
         self.num_requests = 0
         self.now = now
         self.closed = False  # nobody is admitted any more
+        self.time: StepBudget | None = None  # until a prompt asks
         self.copies: list[BlockCopy] = []
         self.joins: list[Join] = []
         self.appends: list[Append] = []
@@ -52,14 +58,22 @@ class Planner:
     """Makes one plan after another; it knows no result but through the requests."""
 
     def __init__(
-        self, config: InstanceConfig, kv: KVManager, prefixes: RequestPrefixes, queues: Queues
+        self,
+        config: InstanceConfig,
+        costs: StepCosts | None,
+        kv: KVManager,
+        prefixes: RequestPrefixes,
+        queues: Queues,
     ) -> None:
         self._config = config
+        self._costs = costs
         self._kv = kv
         self._prefixes = prefixes
         self._queues = queues
         self._clears: list[BlockGroup] = []  # for the next plan
         self._sizes: dict[int, StepSize] = {}  # of the steps in flight
+        self._predicted_s: dict[int, float] = {}  # of those in flight that compute prompts
+        self.pace = Pace()
         self.next_step_id = 0
         self.num_planned_tokens = 0
 
@@ -87,10 +101,13 @@ class Planner:
         num_tokens = budget - draft.num_tokens_left
         self.num_planned_tokens += num_tokens
         self._sizes[plan.step_id] = StepSize(num_tokens, draft.num_requests)
+        if draft.time is not None:
+            self._predicted_s[plan.step_id] = draft.time.step_s
         return plan
 
-    def take_size(self, step_id: int) -> StepSize:
-        """Return what a step computed, once, when it has completed."""
+    def completed(self, step_id: int, duration_s: float) -> StepSize:
+        """Learn how long a step took; return what it computed, once."""
+        self.pace.took(self._predicted_s.pop(step_id, 0.0), duration_s)
         return self._sizes.pop(step_id)
 
     def _fill(self, draft: _Draft) -> None:
@@ -113,6 +130,37 @@ class Planner:
     def _share(self, draft: _Draft, index: int) -> int:
         """Return the tokens to be given now, if those who run from `index` on get one each."""
         return draft.num_tokens_left - (len(self._queues.running) - index)
+
+    # --- the step's time ---
+
+    def _time(self, draft: _Draft) -> StepBudget | None:
+        """Return what the step's time leaves for prompts; None if it has no limit at all."""
+        max_step_s = self._config.max_step_s
+        if draft.time is None and self._costs is not None and max_step_s is not None:
+            shape, someone_decodes = self._least()
+            limit_s = max_step_s / self.pace.factor if someone_decodes else inf
+            draft.time = StepBudget(self._costs, limit_s, shape)
+        return draft.time
+
+    def _least(self) -> tuple[StepShape, bool]:
+        """Return the step of one token for each who runs, and whether any of them decodes.
+
+        Called before the plan has any chunk.
+        """
+        num_requests = num_context_tokens = 0
+        someone_decodes = False
+        for request in self._queues.running:
+            is_planned = request.last_step_id == self.next_step_id
+            if is_planned or not _rests(request):
+                num_requests += 1
+                num_context_tokens += request.num_scheduled + (not is_planned)
+                someone_decodes |= is_planned or request.num_to_compute == 1
+        return StepShape(
+            num_tokens=num_requests,
+            num_requests=num_requests,
+            num_context_tokens=num_context_tokens,
+            num_visits=num_context_tokens,
+        ), someone_decodes
 
     # --- who runs ---
 
@@ -139,11 +187,12 @@ class Planner:
     def _plan_running(self, index: int, draft: _Draft) -> int:
         """Schedule a running request. Returns 1, or 0 if one had to go: the index is to do."""
         request = self._queues.running[index]
-        is_done = request.num_scheduled >= request.max_num_tokens  # once its last token has come
-        if is_done or (request.num_pending and not request.in_batch):
+        if _rests(request):
             self._queues.rest(request)
             return 1
         num_tokens = min(request.num_to_compute, self._share(draft, index + 1))
+        if num_tokens > 1 and (time := self._time(draft)) is not None:
+            num_tokens = 1 + time.widen(request.num_scheduled + 1, num_tokens - 1)
         num_covered_tokens = request.num_scheduled + num_tokens
         groups = self._cover(request, num_covered_tokens)
         if groups is not None:
@@ -187,6 +236,9 @@ class Planner:
         if hit.partial is not None and not self._fits(request, hit):
             # Beside its copy the block needs room of its own, which must not be what is lacking.
             hit = hit.without_copy(self._kv.geometry.block_size)
+        time = self._time(draft)
+        if time is not None and not time.has_room(hit.num_tokens):
+            return False
         if not self._fits(request, hit) and not self._make_room(request, hit, index):
             return False
         self._queues.admit(request)
@@ -197,6 +249,8 @@ class Planner:
         self._take_blocks(request, hit, draft)
         self._join(request, draft)
         num_tokens = min(request.num_to_compute, self._share(draft, index + 1))
+        if time is not None:
+            num_tokens = time.enter(request.num_scheduled, num_tokens)
         self._schedule(request, num_tokens, draft)
         return True
 
@@ -292,6 +346,12 @@ class Planner:
         request.last_step_id = self.next_step_id
         draft.num_tokens_left -= num_tokens
         draft.num_requests += 1
+
+
+def _rests(request: Request) -> bool:
+    """Whether a running request has nothing to compute before a result comes."""
+    is_done = request.num_scheduled >= request.max_num_tokens  # once its last token has come
+    return is_done or bool(request.num_pending and not request.in_batch)
 
 
 def _rank(request: Request) -> int:

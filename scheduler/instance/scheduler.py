@@ -5,7 +5,7 @@ with values and never waits. The invariants that the property tests name:
 
 I1  running requests hold blocks for every token they have scheduled; all others hold none.
 I2  every request that was added ends with exactly one FinishedEvent or RejectedEvent.
-I3  the tokens of a step never exceed the token budget.
+I3  the tokens of a step never exceed the token budget, nor its time what `budget` promises.
 I4  a block is released only when no planned step that touches it is outstanding.
 
 Steps may be planned ahead of results: `plan_step` may be called with steps in flight. A request
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scheduler.config import InstanceConfig
+from scheduler.costs import StepCosts
 from scheduler.instance.batching import rank_policy
 from scheduler.instance.inspect import describe_plan, describe_request
 from scheduler.instance.plan import Failure, StepPlan, StepResult
@@ -49,12 +50,15 @@ _NUM_REMEMBERED_PLANS = 8
 class InstanceScheduler:
     """Chunks under a token budget, by rank and admission; preempts by recomputation."""
 
-    def __init__(self, config: InstanceConfig, geometry: KVGeometry) -> None:
+    def __init__(
+        self, config: InstanceConfig, geometry: KVGeometry, costs: StepCosts | None = None
+    ) -> None:
+        """Without costs, `max_step_s` bounds nothing."""
         self.config = config
         self._kv = KVManager(geometry)
         self._prefixes = RequestPrefixes(self._kv, config)
         self._queues = Queues(self._kv, self._prefixes)
-        self._planner = Planner(config, self._kv, self._prefixes, self._queues)
+        self._planner = Planner(config, costs, self._kv, self._prefixes, self._queues)
         self._rank = rank_policy(config.policy)
         self._last_plans: deque[StepPlan] = deque(maxlen=_NUM_REMEMBERED_PLANS)
         self._num_arrivals = 0
@@ -121,7 +125,7 @@ class InstanceScheduler:
         if progress is None:
             raise InvariantError(f"step {result.step_id} is not in flight")
         self._num_steps += 1
-        self._last_step = self._planner.take_size(result.step_id)
+        self._last_step = self._planner.completed(result.step_id, result.duration_s)
         events: list[RequestEvent] = []
         for failure in result.failures:
             self._fail(failure, result.step_id, events)
@@ -171,6 +175,7 @@ class InstanceScheduler:
             "steps_in_flight": list(self._queues.in_flight),
             "kv": self._kv.state(),
             "prefixes_computing": self._prefixes.num_computing,
+            "pace": self._planner.pace.factor,
             "last_plans": [describe_plan(plan) for plan in self._last_plans],
         }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from scheduler.costs import StepCostModel, StepShape
+from scheduler.costs import StepCosts, StepShape, num_visits
 from scheduler.instance.plan import Join, SampledToken, StepPlan, StepResult
 from scheduler.instance.scheduler import InstanceScheduler
 from scheduler.request import InvariantError
@@ -40,7 +40,7 @@ class SimulatedInstance:
     def __init__(
         self,
         scheduler: InstanceScheduler,
-        cost: StepCostModel,
+        cost: StepCosts,
         *,
         depth: int = 1,
         token_source: TokenSource = lambda _, __: -1,
@@ -106,14 +106,15 @@ class SimulatedInstance:
                 self._rows[index] = last
         self._rows.extend(map(_Row, plan.joins))
         num_tokens = len(self._rows)
-        num_context_tokens = 0
+        num_context_tokens = num_seen = 0
         chunks = dict(plan.chunks)
         for row in self._rows:
             length = chunks.get(row.request_id, 1)
             num_tokens += length - 1
+            num_seen += num_visits(row.num_computed, length)
             row.num_computed += length
             num_context_tokens += row.num_computed
-        shape = StepShape(num_tokens, len(self._rows), num_context_tokens)
+        shape = StepShape(num_tokens, len(self._rows), num_context_tokens, num_seen)
         cost_s = self._cost.step_s(shape)
         self._device_free_s = max(self.now, self._device_free_s) + cost_s
         result = StepResult(step_id=plan.step_id, sampled=tuple(self._sampled()), duration_s=cost_s)

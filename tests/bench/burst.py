@@ -29,7 +29,7 @@ from scheduler.cluster.dispatch import DISPATCH_POLICIES
 from scheduler.cluster.events import Arrived, Dispatch, FirstToken, InstanceUp, Reported
 from scheduler.cluster.scheduler import ClusterScheduler
 from scheduler.config import ClusterConfig, InstanceConfig
-from scheduler.costs import LinearStepCost
+from scheduler.costs import StepCosts
 from scheduler.instance.scheduler import InstanceScheduler
 from scheduler.types import InstanceId, KVGeometry, RequestId, RequestSpec, SamplingParams
 from serving.cluster.driver import ClusterDriver
@@ -113,7 +113,7 @@ def build(emit: Callable[[Report], None]) -> tuple[EngineCore, Ready]:
         max_num_rows=SETTINGS.max_num_running,
         max_model_len=SETTINGS.max_model_len,
         vocab_size=97,
-        cost=LinearStepCost(fixed_s=STEP_S),
+        cost=StepCosts.linear(fixed_s=STEP_S),
     )
     return EngineCore(InstanceScheduler(SETTINGS, GEOMETRY), executor, emit), READY
 

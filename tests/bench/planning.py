@@ -5,7 +5,7 @@
 A step is `plan_step` and `complete_step` of running requests that decode, with arrivals and ends
 mixed in: each request produces 64 tokens and another takes its place. Measured on the CPU of the
 machine it runs on; the budget for planning is 0.5 ms at 256 running requests and 2 ms at 1,024.
-`python -m tests.bench.step_cost` tells what a step of the real model takes, to compare.
+`hocket bench limits` tells what a step of the real model takes, to compare.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.bench import limits, profile
-from engine.bench.steps import Case
 from engine.models.registry import load_model, read_config
+from engine.work import Shares, Work
 from serving.progress import NoProgress
 from tests.tiny_llama import write_model
 
@@ -26,13 +26,15 @@ def test_the_work_of_a_step_is_that_of_its_weights_and_keys(folder: Path) -> Non
     qkv, out, mlp, head = 64 * 192, 64 * 64, 3 * 64 * 112, 64 * 131
     matrices = 3 * (qkv + out + mlp) + head
     token_bytes = 2 * 3 * 64 * 4
-    found = limits.Work.of(Case(batch=2, context=10), config, shape)
+    found = Work.of(config, shape, batch=2, context=10)
     assert found.num_bytes == 4 * matrices + 2 * 11 * token_bytes
     assert found.num_flops == 2 * 2 * matrices + 2 * 11 * 4 * 64 * 3
-    found = limits.Work.of(Case(batch=1, context=0, num_tokens=5), config, shape)
+    found = Work.of(config, shape, num_tokens=5)
     all_tokens, last = 3 * qkv + 2 * (out + mlp), out + mlp + head
     assert found.num_bytes == 4 * matrices + 5 * token_bytes
     assert found.num_flops == 2 * (5 * all_tokens + last) + 15 * 4 * 64 * 3
+    shares = Shares.of(config, shape)
+    assert shares == (last / all_tokens, 2 * 64 * 3 / all_tokens, token_bytes / (4 * matrices))
 
 
 @pytest.mark.parametrize("kernels", ["", "torch"])

@@ -7,7 +7,7 @@ import pytest
 from engine.core import EngineCore
 from engine.fake import ChecksumExecutor
 from engine.messages import Abort, Failed, StepEvents, Stop, Submit
-from scheduler.costs import LinearStepCost
+from scheduler.costs import StepCosts
 from scheduler.types import FinishReason, RejectReason, RequestId
 from tests.factories import VOCAB_SIZE, make_executor, make_geometry, make_scheduler, make_spec
 from tests.properties.law import solo
@@ -131,7 +131,7 @@ def test_refusals_and_aborts_are_reported():
 
 def test_step_times_come_from_the_cost_model():
     clock = ManualClock()
-    cost = LinearStepCost(fixed_s=0.25, token_s=0.125)
+    cost = StepCosts.linear(fixed_s=0.25, token_s=0.125)
     executor = ChecksumExecutor(
         make_geometry(), max_num_rows=8, max_model_len=256, vocab_size=VOCAB_SIZE, cost=cost,
         clock=clock, sleep=clock.sleep,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from scheduler.costs import LinearStepCost, StepShape
+from scheduler.costs import StepCosts, StepShape
 from tests.factories import make_scheduler, make_spec
 
 
 def test_a_linear_cost_adds_up():
-    cost = LinearStepCost(fixed_s=1.0, token_s=0.5, request_s=0.25, context_token_s=0.125)
+    cost = StepCosts.linear(fixed_s=1.0, token_s=0.5, request_s=0.25, context_token_s=0.125)
     assert cost.step_s(StepShape(4, 2, 8)) == 1.0 + 2.0 + 0.5 + 1.0
 
 

@@ -9,14 +9,14 @@ import pytest
 from engine.core import EngineCore
 from engine.fake import ChecksumExecutor
 from engine.messages import Abort, Submit
-from scheduler.costs import LinearStepCost
+from scheduler.costs import StepCosts
 from scheduler.sim import events
 from scheduler.sim.instance import SimulatedInstance
 from scheduler.types import FinishReason, RejectReason, RequestId
 from tests.factories import VOCAB_SIZE, make_geometry, make_scheduler, make_spec
 from tests.properties.law import random_specs, solo
 
-COST = LinearStepCost(fixed_s=0.25, token_s=0.125, request_s=0.0625, context_token_s=1 / 256)
+COST = StepCosts.linear(fixed_s=0.25, token_s=0.125, request_s=0.0625, context_token_s=1 / 256)
 NUM_BLOCKS = 10
 
 
@@ -99,7 +99,7 @@ def test_the_simulator_plans_what_the_engine_plans(depth):
 
 
 def test_times_are_those_of_the_cost_table():
-    cost = LinearStepCost(fixed_s=1.0, token_s=0.5)
+    cost = StepCosts.linear(fixed_s=1.0, token_s=0.5)
     instance = SimulatedInstance(make_scheduler(), cost)
     instance.events.put(10.0, events.Arrival(make_spec("a", (1, 2, 3), max_tokens=3)))
     instance.events.put(11.0, events.Arrival(make_spec("b", (4,), max_tokens=1)))
@@ -115,7 +115,7 @@ def test_times_are_those_of_the_cost_table():
 
 
 def test_refusals_and_aborts_are_results_too():
-    instance = SimulatedInstance(make_scheduler(), LinearStepCost(fixed_s=1.0))
+    instance = SimulatedInstance(make_scheduler(), StepCosts.linear(fixed_s=1.0))
     instance.events.put(0.0, events.Arrival(make_spec("a", range(300))))
     instance.events.put(0.0, events.Arrival(make_spec("b", max_tokens=50)))
     instance.events.put(2.5, events.Abort(RequestId("b")))

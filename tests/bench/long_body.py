@@ -1,6 +1,6 @@
 """What a 1 MiB prompt does to the stream beside it.
 
-    python -m tests.bench.long_prompt [--rounds 5] [--real]
+    python -m tests.bench.long_body [--rounds 5] [--real]
 
 One client reads a stream and stamps its events; another sends, in turn, nothing, and bodies of
 1 MiB of each kind, one after the other: words in a prompt, one long word, words in a chat, token
