@@ -20,6 +20,9 @@ class InstanceConfig:
     max_model_len: int  # prompt + output tokens of one request
     max_num_batched_tokens: int = 512  # token budget of a step
     max_step_s: float | None = None  # of a step while requests decode: see `instance.budget`
+    # Of such a step, whatever it takes: with fewer, a step costs nearly as much, as it reads the
+    # same weights.
+    min_prompt_tokens: int = 16
     max_num_running: int = 64
     max_num_waiting: int = 512  # beside those that may run; beyond it a request is refused
     policy: str = "fcfs"
@@ -28,7 +31,8 @@ class InstanceConfig:
     model_revision: str = ""  # prefixes computed by another model are other prefixes
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_batched_tokens", "max_num_running"):
+        at_least_1 = ("max_model_len", "max_num_batched_tokens", "max_num_running")
+        for name in (*at_least_1, "min_prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_step_s is not None and not self.max_step_s > 0:

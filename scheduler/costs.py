@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from typing import NamedTuple
 
 
@@ -64,8 +65,7 @@ class StepCosts:
             self.dense
             and all(one < other for one, other in pairwise(sizes))
             and all(one <= other for one, other in pairwise(seconds))
-            and min(rates) >= 0.0
-            and max(*seconds, *rates) < float("inf")
+            and all(0.0 <= each_s < inf for each_s in (*seconds, *rates))
         ):
             raise ValueError("the costs of a step are not ascending, finite and 0 or more")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from engine.fake import ChecksumExecutor
 from scheduler.cluster.events import InstanceCapacity
 from scheduler.config import InstanceConfig
+from scheduler.costs import StepCosts
 from scheduler.instance.scheduler import InstanceScheduler
 from scheduler.load import InstanceView
 from scheduler.types import KVGeometry, RequestId, RequestSpec, SamplingParams
@@ -43,8 +44,10 @@ def make_config(**settings) -> InstanceConfig:
     )
 
 
-def make_scheduler(num_blocks: int = 64, **settings) -> InstanceScheduler:
-    return InstanceScheduler(make_config(**settings), make_geometry(num_blocks))
+def make_scheduler(
+    num_blocks: int = 64, costs: StepCosts | None = None, **settings
+) -> InstanceScheduler:
+    return InstanceScheduler(make_config(**settings), make_geometry(num_blocks), costs)
 
 
 def make_executor(num_blocks: int = 64, max_num_rows: int = 8, **settings) -> ChecksumExecutor:

@@ -1,7 +1,7 @@
 """How much of the prompts fits into a step, so that those who decode wait no longer than promised.
 
 The promise: while requests decode, a step takes at most `max_step_s` by its costs, unless one
-token for each request that runs, and `MIN_PROMPT_TOKENS` beside them, take longer. So streams are
+token for each request that runs, and `min_prompt_tokens` beside them, take longer. So streams are
 steady, and prompts always go on. When nothing decodes, nobody waits for the step, and the token
 budget is the only bound.
 """
@@ -11,10 +11,6 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from scheduler.costs import StepCosts, StepShape
-
-# Of a step, whatever it takes: with fewer tokens a step costs nearly as much, as it reads the same
-# weights.
-MIN_PROMPT_TOKENS = 16
 
 _WEIGHT = 1 / 16  # of one step in the pace
 _MAX_PACE = 2.0
@@ -36,11 +32,11 @@ class StepBudget:
 
     __slots__ = ("_costs", "_limit_s", "_num_sure", "shape")
 
-    def __init__(self, costs: StepCosts, limit_s: float, shape: StepShape) -> None:
+    def __init__(self, costs: StepCosts, shape: StepShape, limit_s: float, num_sure: int) -> None:
         self.shape = shape
         self._costs = costs
         self._limit_s = limit_s
-        self._num_sure = MIN_PROMPT_TOKENS
+        self._num_sure = num_sure
 
     @property
     def step_s(self) -> float:

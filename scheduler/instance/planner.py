@@ -139,7 +139,8 @@ class Planner:
         if draft.time is None and self._costs is not None and max_step_s is not None:
             shape, someone_decodes = self._least()
             limit_s = max_step_s / self.pace.factor if someone_decodes else inf
-            draft.time = StepBudget(self._costs, limit_s, shape)
+            num_sure = self._config.min_prompt_tokens
+            draft.time = StepBudget(self._costs, shape, limit_s, num_sure)
         return draft.time
 
     def _least(self) -> tuple[StepShape, bool]:

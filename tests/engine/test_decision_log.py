@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 
 import pytest
 
@@ -14,22 +15,26 @@ from engine.core import EngineCore
 from engine.decision_log import RecordingScheduler, new_log, replay
 from engine.messages import Abort, Submit
 from engine.startup import CannotStart, StartupTimes
+from scheduler.costs import StepCosts
 from scheduler.instance.plan import StepResult
 from scheduler.request import InvariantError
 from scheduler.types import RequestId
 from serving.progress import NoProgress
 from tests.factories import VOCAB_SIZE, make_config, make_executor, make_geometry, make_spec
 
+COSTS = StepCosts(dense=((1, 0.3), (3, 0.35), (9, 1.0)), visit_s=0.001)
 
-def record(seed: int, depth: int) -> bytes:
-    """Run a mixed load on a manual clock and return its log."""
+
+def record(seed: int, depth: int, **settings) -> bytes:
+    """Run a mixed load on a manual clock and return its log. Steps are slower than they should."""
     rng = random.Random(seed)
     file = io.BytesIO()
-    scheduler = RecordingScheduler(make_config(max_num_running=4), make_geometry(12), file)
+    config = make_config(max_num_running=4, **settings)
+    scheduler = RecordingScheduler(config, make_geometry(12), file, COSTS)
     now = [0.0]
-    core = EngineCore(
-        scheduler, make_executor(12), lambda _: None, depth=depth, clock=lambda: now[0]
-    )
+    slower = StepCosts.linear(fixed_s=0.4, token_s=0.1)
+    executor = make_executor(12, cost=slower, clock=lambda: 0.0, sleep=lambda _: None)
+    core = EngineCore(scheduler, executor, lambda _: None, depth=depth, clock=lambda: now[0])
     for index in range(60):
         core.inbox.put(
             Submit(
@@ -59,6 +64,21 @@ def test_a_log_replays_without_a_difference(tmp_path, depth):
     answers = list(replay(path))
     assert len(answers) > 300
     assert not any(answers)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_costs_and_the_times_of_steps_are_in_the_log(tmp_path, depth):
+    """So what the time of a step decided is decided again; with other times it would not be."""
+    path = tmp_path / "log"
+    limited = record(seed=3, depth=depth, max_step_s=0.9, min_prompt_tokens=1)
+    path.write_bytes(limited)
+    answers = list(replay(path))
+    assert len(answers) > 300
+    assert not any(answers)
+    path.write_bytes(re.sub(rb'"duration_s":[0-9.e-]+', b'"duration_s":0.0', limited))
+    assert any(replay(path))
+    path.write_bytes(limited.replace(b'"dense":[[1,0.3]', b'"dense":[[1,0.0]', 1))
+    assert any(replay(path))
 
 
 def test_the_same_seed_makes_the_same_log_byte_for_byte():

@@ -13,6 +13,7 @@ from io import BytesIO
 
 from engine.decision_log import RecordingScheduler
 from engine.fake import ChecksumExecutor
+from scheduler.costs import StepCosts
 from scheduler.instance.scheduler import InstanceScheduler
 from scheduler.types import (
     FinishedEvent,
@@ -59,6 +60,11 @@ class Outcome:
         return sum(finished is reason for finished in self.finished.values())
 
 
+# Steps take other times than the scheduler is told, so that their pace decides too.
+COSTS = StepCosts.linear(fixed_s=1.0, token_s=0.125, context_token_s=1 / 256)
+SLOWER = StepCosts.linear(fixed_s=1.5, token_s=0.125, context_token_s=1 / 256)
+
+
 @dataclass
 class Schedule:
     """What is random in one run, all of it drawn from the seed."""
@@ -90,6 +96,8 @@ class Schedule:
                 "max_num_preemptions": rng.choice([0, 1, 3, 3]),
                 "prefix_caching": rng.random() < 0.8,
                 "max_num_waiting": 1 if is_queue_short else 64,
+                "max_step_s": random.Random(f"time {seed}").choice([None, 0.1, 1.6, 2.5, 9.0]),
+                "min_prompt_tokens": random.Random(f"sure {seed}").choice([1, 2, 16]),
             },
             specs=specs,
             faults={
@@ -175,13 +183,19 @@ class Player:
         self.plan = Schedule.draw(seed)
         self.log = BytesIO()
         self.recording = RecordingScheduler(
-            make_config(**self.plan.settings), make_geometry(self.plan.num_blocks), self.log
+            make_config(**self.plan.settings),
+            make_geometry(self.plan.num_blocks),
+            self.log,
+            COSTS,
         )
         self.scheduler: InstanceScheduler = self.recording._inner
         self.executor: ChecksumExecutor = make_executor(
             self.plan.num_blocks,
             max_num_rows=self.plan.settings["max_num_running"],
             fault=self.plan.fault,
+            cost=SLOWER,
+            clock=lambda: 0.0,
+            sleep=lambda _: None,
         )
         self.to_arrive = list(self.plan.specs)
         self.outcome = Outcome()

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from scheduler.costs import StepCosts
 from scheduler.instance.plan import Failure, Join, SampledToken, StepPlan, StepResult
 from scheduler.request import RequestState
 from scheduler.types import (
@@ -59,10 +60,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         max_num_preemptions=st.sampled_from([3, 1, 0]),
         prefix_caching=st.sampled_from([True, True, False]),
+        max_step_s=st.sampled_from([None, None, 0.5, 4.0, 6.0]),
+        min_prompt_tokens=st.sampled_from([1, 3]),
     )
     def begin(self, num_blocks, max_num_running, more_budget, **config) -> None:
         self.scheduler = make_scheduler(
             num_blocks,
+            StepCosts.linear(token_s=1.0),
             max_num_running=max_num_running,
             max_num_batched_tokens=max_num_running + more_budget,
             **config,

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from engine.messages import Begin
+from serving.cluster.hosts import wire
 from serving.config import ServeFlags, parse_bytes
 from serving.errors import UserError
 from serving.start import check_flags, make_config
 from tests.serving.servers import REPOSITORY
 from tests.tiny_gguf import write_tiny_gguf
+from tests.tiny_llama import write_model
 
 
 def hocket(*args: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -42,6 +45,8 @@ def hocket(*args: str, cache: Path | None = None) -> subprocess.CompletedProcess
         (ServeFlags(port=70000), "--port 70000"),
         (ServeFlags(admin_port=-1), "--admin-port -1"),
         (ServeFlags(max_num_waiting=-1), "--max-num-waiting -1"),
+        (ServeFlags(max_step_ms=-1.0), "--max-step-ms -1"),
+        (ServeFlags(max_step_ms=float("nan")), "--max-step-ms nan"),
         (ServeFlags(drain_timeout=-1.0), "--drain-timeout -1"),
         (ServeFlags(drain_timeout=float("nan")), "--drain-timeout nan"),
         (ServeFlags(served_model_name=""), "--served-model-name is empty"),
@@ -65,6 +70,33 @@ def test_sizes_are_read(text, expected):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UserError, match="--kv-memory"):
         make_config(ServeFlags(kv_memory=text), "m", Path(), port=1)
+
+
+def test_the_limit_of_a_step_is_in_milliseconds_and_0_is_none():
+    made = [make_config(ServeFlags(max_step_ms=ms), "m", None, port=1) for ms in (80.0, 0.0)]
+    assert [config.engine.max_step_s for config in made] == [0.08, None]
+    assert [config.engine.profile for config in made] == [None, None]
+
+
+def test_what_hocket_profile_writes_a_server_reads(tmp_path):
+    folder, out = write_model(tmp_path / "tiny"), tmp_path / "profile.json"
+    found = hocket("profile", str(folder), "--rounds", "1", "--out", str(out))
+    assert f"written to {out}" in found.stdout, found.stderr
+    config = make_config(ServeFlags(step_costs=out), "tiny", folder, port=1)
+    profile = config.engine.profile
+    assert profile.what.model == "tiny"
+    assert profile.cells
+    begun = wire.decode_begin(wire.encode(Begin(config.engine)))
+    assert begun.config == config.engine, "it reaches the process of an instance"
+
+
+def test_step_costs_that_cannot_be_read_are_the_users_to_mend(tmp_path):
+    with pytest.raises(UserError, match=r"--step-costs .* cannot be read"):
+        make_config(ServeFlags(step_costs=tmp_path / "none"), "m", None, port=1)
+
+
+def test_a_profile_of_no_rounds_is_refused():
+    assert "--rounds must be at least 1" in hocket("profile", "--rounds", "0").stderr
 
 
 def test_the_version_is_the_distributions():
