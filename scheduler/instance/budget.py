@@ -12,7 +12,9 @@ from bisect import bisect_right
 
 from scheduler.costs import StepCosts, StepShape
 
-_WEIGHT = 1 / 16  # of one step in the pace
+# The weight of one step in the pace. It rises four times as fast as it falls, so that it is not the
+# mean step that takes as long as the limit, but a slow one.
+_RISE, _FALL = 1 / 8, 1 / 32
 _MAX_PACE = 2.0
 
 
@@ -76,4 +78,4 @@ class Pace:
     def took(self, predicted_s: float, duration_s: float) -> None:
         if predicted_s > 0.0 and duration_s > 0.0:
             ratio = min(max(duration_s / predicted_s, 1 / _MAX_PACE), _MAX_PACE)
-            self.factor += (ratio - self.factor) * _WEIGHT
+            self.factor += (ratio - self.factor) * (_RISE if ratio > self.factor else _FALL)

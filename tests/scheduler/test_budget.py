@@ -61,11 +61,13 @@ def test_the_pace_follows_slowly_and_within_bounds():
     pace.took(1.0, 0.0)
     assert pace.factor == 1.0
     pace.took(1.0, 1.5)
-    assert pace.factor == 1.0 + 0.5 / 16
+    assert pace.factor == 1.0 + 0.5 / 8
+    pace.took(1.0, 1.0)
+    assert pace.factor == 1.0 + 0.5 / 8 * 31 / 32
     for _ in range(200):
         pace.took(1.0, 1000.0)
     assert pace.factor == pytest.approx(2.0, rel=1e-4)
-    for _ in range(200):
+    for _ in range(500):
         pace.took(1.0, 0.001)
     assert pace.factor == pytest.approx(0.5, rel=1e-4)
 
