@@ -181,9 +181,7 @@ def _measure(model: DenseSlices, batch: int, choices: Choices) -> tuple[Watch, l
 def _executor(
     watch: Watch, model: DenseSlices, backend: Backend, batch: int, max_model_len: int
 ) -> SequentialExecutor:
-    slices: Any = _Watched(
-        watch, model, {"last": "kernels"}
-    )
+    slices: Any = _Watched(watch, model, {"last": "kernels"})
     attention: Any = _Watched(watch, backend.attention, {"prepare": "pack"})
     persistent: Any = _Watched(
         watch,
