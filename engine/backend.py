@@ -13,7 +13,7 @@ from engine.attention.invariant import InvariantAttention
 from engine.attention.native import NativeAttention
 from engine.attention.protocol import AttentionBackend
 from engine.attention.reference import ReferenceAttention
-from engine.forward import Forward, by_slices
+from engine.forward import Forward
 from engine.kernels.llama import NativeLlama, NotForNative
 from engine.kernels.native import NativeKernels, NoKernels, choose
 from engine.kernels.rows import NativeRows
@@ -58,7 +58,7 @@ class Backend:
     cache: KVCache
     attention: AttentionBackend
     rows: RowKernels
-    forward: Forward
+    forward: Forward | None = None  # faster than slice by slice, where there is such a way
 
 
 def backend_of(
@@ -74,7 +74,5 @@ def backend_of(
     cache = KVCache(model.shape, geometry)
     if batch_invariant:
         meet_weights(model)
-        attention: AttentionBackend = InvariantAttention(cache, model.shape)
-    else:
-        attention = ReferenceAttention(cache, model.shape.device)
-    return Backend(cache, attention, TorchRows(), by_slices(model, attention))
+        return Backend(cache, InvariantAttention(cache, model.shape), TorchRows())
+    return Backend(cache, ReferenceAttention(cache, model.shape.device), TorchRows())

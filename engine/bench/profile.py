@@ -28,6 +28,7 @@ from engine.bench.steps import geometry
 from engine.config import BLOCK_SIZE
 from engine.core import EngineCore
 from engine.executors.sequential import SequentialExecutor
+from engine.forward import by_slices
 from engine.messages import Report, StepEvents, Submit
 from engine.models.slices import DenseSlices
 from engine.startup import Progress
@@ -181,6 +182,7 @@ def _measure(model: DenseSlices, batch: int, choices: Choices) -> tuple[Watch, l
 def _executor(
     watch: Watch, model: DenseSlices, backend: Backend, batch: int, max_model_len: int
 ) -> SequentialExecutor:
+    forward = backend.forward or by_slices(model, backend.attention)
     slices: Any = _Watched(watch, model, {"last": "kernels"})
     attention: Any = _Watched(watch, backend.attention, {"prepare": "pack"})
     persistent: Any = _Watched(
@@ -197,7 +199,7 @@ def _executor(
         backend.cache,
         persistent,
         rows=rows,
-        forward=watch.around("kernels", "forward", backend.forward),
+        forward=watch.around("kernels", "forward", forward),
     )
 
 
