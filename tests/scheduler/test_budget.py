@@ -78,26 +78,30 @@ class Watch:
     def __init__(self, scheduler: InstanceScheduler, costs: StepCosts) -> None:
         self.scheduler = scheduler
         self.costs = costs
-        self.rows: dict[RequestId, tuple[int, int]] = {}  # tokens computed, and of the prompt
+        self.rows: dict[RequestId, tuple[int, int]] = {}  # tokens computed, known when it joined
+        self.admissions: set[int] = set()
         self.sizes: list[int] = []
-        self.num_limited = 0
 
     def __call__(self, plan: StepPlan) -> None:
         before = {name: row for name, row in self.rows.items() if name not in plan.leaves}
         chunks = dict(plan.chunks)
         self.rows = dict(before)
+        ran = set(before)
         for join in plan.joins:
-            self.rows[join.request_id] = (join.num_computed_tokens, join.num_prompt_tokens)
+            self.rows[join.request_id] = (join.num_computed_tokens, len(join.token_ids))
+            admission = self.scheduler._queues.requests[join.request_id].admission
+            if admission in self.admissions:  # it rested
+                ran.add(join.request_id)
+            self.admissions.add(admission)
         shape = StepShape()
         num_more = 0  # beside a token for each that ran already
-        for name, (num_computed, num_prompt) in self.rows.items():
+        for name, (num_computed, num_known) in self.rows.items():
             num_tokens = chunks.get(name, 1)
             shape = shape.with_request(num_computed).with_tokens(num_computed, num_tokens)
-            num_more += num_tokens - (name in before)
-            self.rows[name] = (num_computed + num_tokens, num_prompt)
+            num_more += num_tokens - (name in ran)
+            self.rows[name] = (num_computed + num_tokens, num_known)
         self.sizes.append(shape.num_tokens)
-        if any(num_computed >= num_prompt for num_computed, num_prompt in before.values()):
-            self.num_limited += num_more > 0
+        if any(num_computed >= num_known for num_computed, num_known in before.values()):
             config = self.scheduler.config
             assert config.max_step_s is not None
             step_s = self.costs.step_s(shape) * self.scheduler._planner.pace.factor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import socket
 import sys
@@ -24,6 +25,12 @@ HARD = 'a "quote" \\ \n \x01 é 🐦 漢字 </script> \u2028'
 PATHS = {"completions": {"prompt": "x"}, "chat/completions": {"messages": [
     {"role": "user", "content": "x"}
 ]}}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def levels_of_uvicorn(caplog):
+    for name in ("uvicorn.error", "uvicorn.access"):  # which it sets for good
+        caplog.set_level(logging.ERROR, name)
 
 
 class SteppedHandle(ScriptedHandle):
