@@ -65,7 +65,7 @@ class StepBudget:
 
 
 class Pace:
-    """How much slower steps are than their costs say: slowly averaged, and bounded.
+    """How much slower steps are than their costs say: smoothed, and bounded.
 
     Costs are measured in a moment, on a machine that others may use too.
     """
