@@ -129,7 +129,7 @@ class ServeFlags:
     max_queue_age: float = 60.0
     tenant_share: float | None = None
     max_num_batched_tokens: int = 512
-    max_step_ms: float = 125.0
+    max_step_ms: float = 150.0
     step_costs: Path | None = None
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     prefix_caching: bool = True

@@ -1,6 +1,6 @@
 """What a long prompt does to 16 streams, and what the limit of a step costs a mixed load.
 
-    python -m tests.bench.long_prompt [MODEL] [--limits 125 0] [--rounds 3] [--seed 0] [--part long]
+    python -m tests.bench.long_prompt [MODEL] [--limits 150 0] [--rounds 3] [--seed 0] [--part long]
 
 A server for each `--max-step-ms`, 0 being none: 512 tokens a step; they take turns, so that all
 meet the same minutes. Two parts:
@@ -121,7 +121,7 @@ PARTS = {"long": long_prompt, "mixed": mixed}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--limits", type=float, nargs="+", default=[125, 0], help="ms; 0: none")
+    parser.add_argument("--limits", type=float, nargs="+", default=[150, 0], help="ms; 0: none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", choices=PARTS, default="long")
