@@ -17,7 +17,7 @@ from engine.sampler import SamplingRows, sample
 class RowKernels(Protocol):
     """A row's answer depends on no other row."""
 
-    def peaks(self, logits_SV: Tensor) -> Tensor:
+    def peaks(self, logits_SV: Tensor) -> NDArray[np.float32]:
         """Return each row's largest number; not finite if the row has NaN or an infinity above."""
         ...
 
@@ -33,8 +33,9 @@ class RowKernels(Protocol):
 class TorchRows:
     """See `RowKernels`."""
 
-    def peaks(self, logits_SV: Tensor) -> Tensor:
-        return logits_SV.amax(dim=1)  # NaN wins
+    def peaks(self, logits_SV: Tensor) -> NDArray[np.float32]:
+        peak_S: NDArray[np.float32] = logits_SV.float().amax(dim=1).cpu().numpy()  # NaN wins
+        return peak_S
 
     def sample(self, logits_SV: Tensor, rows: SamplingRows) -> Tensor:
         return sample(logits_SV, rows)

@@ -80,7 +80,7 @@ class SequentialExecutor:
         results = RowResults(prompt_logprobs=list(prompt_logprobs(batch.prompt_scores, logits_of)))
         if len(batch.sample_rows_S):  # else all chunks end before their prompts do
             logits_SV = logits_of(batch.sample_tokens_S)
-            is_finite_S = self._rows.peaks(logits_SV).isfinite().cpu().numpy()
+            is_finite_S = np.isfinite(self._rows.peaks(logits_SV))
             is_finite_R[batch.sample_rows_S] &= is_finite_S
             self._sample(batch, logits_SV, is_finite_R, results)
         for row in np.flatnonzero(~is_finite_R).tolist():

@@ -121,6 +121,8 @@ class NativeLlama:
         self._model.set_head(norm_E.data_ptr(), head_VE.data_ptr())
         self._batch = self._new_buffers(_MIN_NUM_TOKENS)
         self._sampled = self._new_buffers(_MIN_NUM_TOKENS)
+        # Taken from the system once: new pages would be cleared every step.
+        self._logits_SV = torch.empty(_MIN_NUM_TOKENS, c.vocab_size)
 
     def first(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[NativeCarry, Projected]:
         carry = self._take(token_ids_T, positions_T)
@@ -154,7 +156,9 @@ class NativeLlama:
     def last(self, _carry: NativeCarry, attended_THD: Tensor, tokens_S: Tensor) -> Tensor:
         num_rows = len(tokens_S)
         self._sampled = sampled = self._at_least(num_rows, self._sampled)
-        logits_SV = torch.empty(num_rows, self.shape.vocab_size)
+        if num_rows > len(self._logits_SV):
+            self._logits_SV = torch.empty(sampled.size, self.shape.vocab_size)
+        logits_SV = self._logits_SV[:num_rows]
         tokens_S = tokens_S.contiguous()
         self._model.last(
             self._batch.native,

@@ -18,7 +18,7 @@ class NativeRows:
     def __init__(self, machine: Any) -> None:
         self._machine = machine
 
-    def peaks(self, logits_SV: Tensor) -> Tensor:
+    def peaks(self, logits_SV: Tensor) -> NDArray[np.float32]:
         return self._peaks_and_ids(logits_SV)[0]
 
     def sample(self, logits_SV: Tensor, rows: SamplingRows) -> Tensor:
@@ -26,7 +26,7 @@ class NativeRows:
         if len(rows.sampled_rows) == len(logits_SV):
             ids_S = torch.empty(len(logits_SV), dtype=torch.int64)
         else:
-            ids_S = self._peaks_and_ids(logits_SV)[1]
+            ids_S = torch.from_numpy(self._peaks_and_ids(logits_SV)[1])
         if len(rows.sampled_rows):
             self._machine.draw(
                 logits_SV.data_ptr(),
@@ -52,11 +52,13 @@ class NativeRows:
         )
         return ~is_spoiled_T
 
-    def _peaks_and_ids(self, scores_SV: Tensor) -> tuple[Tensor, Tensor]:
+    def _peaks_and_ids(
+        self, scores_SV: Tensor
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         scores_SV = scores_SV.contiguous()
         num_rows, size = scores_SV.shape
-        peak_S, ids_S = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
+        peak_S, ids_S = np.empty(num_rows, np.float32), np.empty(num_rows, np.int64)
         self._machine.argmax(
-            scores_SV.data_ptr(), num_rows, size, peak_S.data_ptr(), ids_S.data_ptr()
+            scores_SV.data_ptr(), num_rows, size, peak_S.ctypes.data, ids_S.ctypes.data
         )
         return peak_S, ids_S

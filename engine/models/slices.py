@@ -71,5 +71,8 @@ class DenseSlices(Protocol):
         ...
 
     def last(self, carry: Any, attended_THD: Tensor, tokens_S: Tensor) -> Tensor:
-        """Finish layer L - 1 and return fp32 logits_SV of the tokens with these indices into T."""
+        """Finish layer L - 1 and return fp32 logits_SV of the tokens with these indices into T.
+
+        They may lie in memory that the next call uses again.
+        """
         ...
