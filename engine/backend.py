@@ -19,8 +19,9 @@ from engine.kernels.native import NativeKernels, NoKernels, choose
 from engine.kernels.rows import NativeRows
 from engine.kv.cache import KVCache
 from engine.models.invariant import invariant_kernels, meet_weights
-from engine.models.kernels import DEFAULT
-from engine.models.registry import load_model
+from engine.models.kernels import Kernels
+from engine.models.onednn import onednn_kernels
+from engine.models.registry import load_model, read_config, resolve_dtype
 from engine.models.slices import DenseSlices
 from engine.rows import RowKernels, TorchRows
 from scheduler.types import KVGeometry
@@ -46,9 +47,19 @@ def load_best(
             chosen = NoKernels(str(error))
         else:
             return model, f"native, {chosen.level}"
-    kernels = invariant_kernels(torch.device(device)) if batch_invariant else DEFAULT
+    kernels = torch_kernels(folder, dtype, device, batch_invariant=batch_invariant)
     model = load_model(folder, dtype, device, on_layer, kernels)
     return model, f"torch: {chosen.reason}" if chosen.reason else "torch"
+
+
+def torch_kernels(
+    folder: Path, dtype: str = "auto", device: str = "cpu", *, batch_invariant: bool = False
+) -> Kernels:
+    """Return the products to load the model with. Raises ModelFormatError and NotReproducible."""
+    where = torch.device(device)
+    if batch_invariant:
+        return invariant_kernels(where)
+    return onednn_kernels(resolve_dtype(dtype, read_config(folder), where), where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,4 +86,4 @@ def backend_of(
     if batch_invariant:
         meet_weights(model)
         return Backend(cache, InvariantAttention(cache, model.shape), TorchRows())
-    return Backend(cache, ReferenceAttention(cache, model.shape.device), TorchRows())
+    return Backend(cache, ReferenceAttention(cache, model.shape), TorchRows())

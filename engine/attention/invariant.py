@@ -101,23 +101,21 @@ class InvariantAttention:
     def attend(
         self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, prepared: Prepared
     ) -> Tensor:
-        key_cache, value_cache = self._cache.write(
+        kv = self._cache.write(
             layer, prepared.write_blocks_T, prepared.write_offsets_T, k_TGD, v_TGD
         )
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         for group in prepared.groups:
             q_XCHD = q_THD[group.tokens_XC].to(torch.float32).mul_(self._scale)
             q_XGLD = F.pad(_rows_of_groups(q_XCHD, self._groups), (0, 0, 0, group.num_padding))
-            parts = self._parts(q_XGLD, key_cache, value_cache, group)
+            parts = self._parts(q_XGLD, kv, group)
             out_XGLD = merge(parts, group.index_XJ, group.num_splits_X)
             out_XGLD = out_XGLD[:, :, : q_XGLD.shape[2] - group.num_padding]
             # Repeated tokens are written repeatedly, with the same bits.
             out_THD[group.tokens_XC] = _rows_of_tokens(out_XGLD, q_XCHD).to(q_THD.dtype)
         return out_THD
 
-    def _parts(
-        self, q_XGLD: Tensor, key_cache: Tensor, value_cache: Tensor, group: _Group
-    ) -> Parts:
+    def _parts(self, q_XGLD: Tensor, kv: Tensor, group: _Group) -> Parts:
         """Return the parts of every item, each WG..."""
         _, num_groups, num_rows, head_dim = q_XGLD.shape
         item_elements = num_groups * self._split * max(num_rows, head_dim)
@@ -126,8 +124,7 @@ class InvariantAttention:
         for start in range(0, len(group.tile_W), num_items):
             some = slice(start, start + num_items)
             q_YLD = q_XGLD[group.tile_W[some]].flatten(0, 1)
-            blocks_WB = group.blocks_WB[some]
-            k_YSD, v_YSD = (_gather(cache, blocks_WB) for cache in (key_cache, value_cache))
+            k_YSD, v_YSD = _gather(kv, group.blocks_WB[some])
             hidden_WLS = group.hidden_WCS[some].repeat_interleave(self._heads, dim=1)
             hidden_WLS = F.pad(hidden_WLS, (0, 0, 0, group.num_padding))
             found.append(attend_split(q_YLD, k_YSD, v_YSD, hidden_WLS, self.ladder))
@@ -180,13 +177,14 @@ class InvariantAttention:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 
 
-def _gather(cache: Tensor, blocks_WB: Tensor) -> Tensor:
-    """Return keys or values in fp32, YSD with Y = W G."""
-    gathered_WGBZD = cache[blocks_WB].transpose(1, 2)
-    out_WGBZD = torch.empty(
-        gathered_WGBZD.shape, dtype=torch.float32, device=gathered_WGBZD.device
-    ).copy_(gathered_WGBZD)
-    return out_WGBZD.flatten(2, 3).flatten(0, 1)
+def _gather(kv: Tensor, blocks_WB: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values in fp32, each YSD with Y = W G."""
+    gathered_2WGBZD = kv[blocks_WB].permute(3, 0, 4, 1, 2, 5)
+    out_2WGBZD = torch.empty(
+        gathered_2WGBZD.shape, dtype=torch.float32, device=gathered_2WGBZD.device
+    ).copy_(gathered_2WGBZD)
+    k_YSD, v_YSD = out_2WGBZD.flatten(3, 4).flatten(1, 2)
+    return k_YSD, v_YSD
 
 
 def _rows_of_groups(q_XCHD: Tensor, num_groups: int) -> Tensor:

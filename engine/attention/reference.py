@@ -1,8 +1,8 @@
-"""Paged attention in plain torch operators: the oracle of every faster backend.
+"""Paged attention in torch's operators: the oracle of every faster backend.
 
-Keys and values are gathered through the block table and go through one SDPA call: one for each
-group of requests that compute a single token and are of similar length, padded to the longest of
-the group, and one per piece of a chunk.
+Blocks are gathered into one scratch memory, which SDPA reads in place. Requests that compute a
+single token go through one call for each group of similar length, padded to the group's longest;
+a chunk is gathered once and goes through one call for each piece of it.
 
 Shape legend: T tokens, H query heads, G key/value heads, N = H / G query heads of one of those, D
 head size, C context (keys), R requests with a single token, B blocks, Z slots of a block, M
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.kv.cache import KVCache
+from engine.models.slices import ModelShape
 
 # Query rows of one SDPA call. A piece sees only the keys up to its own end, so small pieces skip
-# more of the masked triangle and bound the mask: 256 x 8192 booleans are 2 MiB.
+# more of the masked triangle and bound the mask: 256 x 8192 numbers are 4 MiB in bf16.
 PIECE = 256
 # A group's longest request has at most this many times the blocks of its shortest, so padding at
 # most doubles the keys read. One group for all lengths took ten times as long on 3 to 3,000 tokens.
@@ -33,9 +34,9 @@ SPREAD = 1.5
 class _Singles:
     """Requests of similar length that compute one token."""
 
-    tokens_R: Tensor  # indices into T
+    tokens_R: Tensor | slice  # indices into T; a slice is read in place
     blocks_RB: Tensor
-    mask_R11C: Tensor  # true where a key counts
+    mask_R11C: Tensor  # 0 where a key counts, else -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,16 @@ class _Piece:
 
     start: int  # into T
     end: int
-    blocks_B: Tensor  # as many as hold its keys
-    mask_MC: Tensor
+    num_keys: int  # up to its own last
+    mask_MC: Tensor | None  # None: causal, from the request's first token
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A request that computes several tokens."""
+
+    blocks_1B: Tensor
+    pieces: list[_Piece]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +64,7 @@ class Prepared:
     write_blocks_T: Tensor
     write_offsets_T: Tensor
     singles: list[_Singles]
-    pieces: list[_Piece]
+    chunks: list[_Chunk]
 
 
 class ReferenceAttention:
@@ -63,10 +72,11 @@ class ReferenceAttention:
 
     capturable = False  # the shapes depend on the context lengths
 
-    def __init__(self, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, cache: KVCache, shape: ModelShape) -> None:
         self._cache = cache
-        self._device = device
+        self._shape = shape
         self._block_size = cache.geometry.block_size
+        self._scratch = torch.empty(0, dtype=shape.dtype, device=shape.device)
 
     def prepare(self, batch: ForwardBatch) -> Prepared:
         length_R = np.diff(batch.query_start_R1)
@@ -79,29 +89,52 @@ class ReferenceAttention:
             singles=[
                 self._prepare_singles(batch, rows_R) for rows_R in self._alike(batch, singles)
             ],
-            pieces=[piece for row in chunked.tolist() for piece in self._pieces(batch, row)],
+            chunks=[self._prepare_chunk(batch, row) for row in chunked.tolist()],
         )
 
     def attend(
         self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, prepared: Prepared
     ) -> Tensor:
-        key_cache, value_cache = self._cache.write(
+        kv = self._cache.write(
             layer, prepared.write_blocks_T, prepared.write_offsets_T, k_TGD, v_TGD
         )
-        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        q_TGND = torch.unflatten(q_THD, 1, (k_TGD.shape[1], -1))
+        out_TGND = torch.empty_like(q_TGND, memory_format=torch.contiguous_format)
         for s in prepared.singles:
-            k_RGCD, v_RGCD = (
-                cache[s.blocks_RB].transpose(1, 2).flatten(2, 3)
-                for cache in (key_cache, value_cache)
+            k_RGCD, v_RGCD = self._gather(kv, s.blocks_RB)
+            # The query heads of a key head are its rows.
+            out_TGND[s.tokens_R] = F.scaled_dot_product_attention(
+                q_TGND[s.tokens_R], k_RGCD, v_RGCD, s.mask_R11C
             )
-            q_RGND = _by_group(q_THD[s.tokens_R], k_TGD.shape[1])
-            attended_RGND = F.scaled_dot_product_attention(q_RGND, k_RGCD, v_RGCD, s.mask_R11C)
-            out_THD[s.tokens_R] = attended_RGND.flatten(1, 2)
-        for piece in prepared.pieces:
-            out_THD[piece.start : piece.end] = _attend_piece(
-                q_THD[piece.start : piece.end], key_cache, value_cache, piece
-            )
-        return out_THD
+        for chunk in prepared.chunks:
+            k_1GCD, v_1GCD = self._gather(kv, chunk.blocks_1B)
+            for piece in chunk.pieces:
+                # The query heads of a key head are a batch, all of which see the same keys.
+                q_NGMD = q_TGND[piece.start : piece.end].permute(2, 1, 0, 3)
+                k_NGCD, v_NGCD = (
+                    x_1GCD[:, :, : piece.num_keys].expand(len(q_NGMD), -1, -1, -1)
+                    for x_1GCD in (k_1GCD, v_1GCD)
+                )
+                attended_NGMD = F.scaled_dot_product_attention(
+                    q_NGMD, k_NGCD, v_NGCD, piece.mask_MC, is_causal=piece.mask_MC is None
+                )
+                out_TGND[piece.start : piece.end] = attended_NGMD.permute(2, 1, 0, 3)
+        return out_TGND.flatten(1, 2)
+
+    def _gather(self, kv: Tensor, blocks_RB: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values, each RGCD, in memory that the next call overwrites.
+
+        Fresh memory is why this does not allocate: a new page costs more than what is copied there.
+        """
+        size = (blocks_RB.numel(), *kv.shape[1:])
+        num_elements = torch.Size(size).numel()
+        if num_elements > len(self._scratch):
+            self._scratch = self._scratch.new_empty(1 << (num_elements - 1).bit_length())
+        gathered = self._scratch[:num_elements].view(size)
+        torch.index_select(kv, 0, blocks_RB.flatten(), out=gathered)
+        gathered_RC2GD = gathered.view(len(blocks_RB), -1, *kv.shape[2:])
+        k_RGCD, v_RGCD = gathered_RC2GD.permute(2, 0, 3, 1, 4)
+        return k_RGCD, v_RGCD
 
     def _alike(self, batch: ForwardBatch, rows_R: np.ndarray) -> list[np.ndarray]:
         """Split rows into groups of similar length."""
@@ -122,49 +155,39 @@ class ReferenceAttention:
         columns_RB = np.minimum(np.arange(num_blocks_R.max()), num_blocks_R[:, None] - 1)
         blocks_RB = np.take_along_axis(batch.block_table_RB[rows_R], columns_RB, axis=1)
         positions_C = np.arange(num_blocks_R.max() * self._block_size)
+        tokens_R = batch.query_start_R1[rows_R]
+        is_run = bool((np.diff(tokens_R) == 1).all())
         return _Singles(
-            tokens_R=self._to_device(batch.query_start_R1[rows_R]),
+            tokens_R=slice(int(tokens_R[0]), int(tokens_R[-1]) + 1)
+            if is_run
+            else self._to_device(tokens_R),
             blocks_RB=self._to_device(blocks_RB),
-            mask_R11C=self._to_device((positions_C < seq_len_R[:, None])[:, None, None]),
+            mask_R11C=self._mask(positions_C < seq_len_R[:, None])[:, None, None],
         )
 
-    def _pieces(self, batch: ForwardBatch, row: int) -> list[_Piece]:
+    def _prepare_chunk(self, batch: ForwardBatch, row: int) -> _Chunk:
         first, behind = batch.query_start_R1[row : row + 2].tolist()
+        seq_len = int(batch.seq_len_R[row])
         pieces = []
         for start in range(first, behind, PIECE):
             end = min(start + PIECE, behind)
-            seq_len = int(batch.seq_len_R[row]) - (behind - end)
-            num_blocks = -(-seq_len // self._block_size)
-            positions_M1 = np.arange(seq_len - (end - start), seq_len)[:, None]
-            mask_MC = np.arange(num_blocks * self._block_size) <= positions_M1
-            pieces.append(
-                _Piece(
-                    start=start,
-                    end=end,
-                    blocks_B=self._to_device(batch.block_table_RB[row, :num_blocks]),
-                    mask_MC=self._to_device(mask_MC),
-                )
-            )
-        return pieces
+            num_keys = seq_len - (behind - end)
+            mask_MC = None
+            if num_keys > end - start:
+                positions_M1 = np.arange(num_keys - (end - start), num_keys)[:, None]
+                mask_MC = self._mask(np.arange(num_keys) <= positions_M1)
+            pieces.append(_Piece(start, end, num_keys, mask_MC))
+        num_blocks = -(-seq_len // self._block_size)
+        blocks_1B = self._to_device(batch.block_table_RB[row : row + 1, :num_blocks])
+        return _Chunk(blocks_1B, pieces)
+
+    def _mask(self, counts: np.ndarray) -> Tensor:
+        """Return what SDPA would make of a mask of booleans, in every layer anew."""
+        shape = self._shape
+        mask = torch.zeros(counts.shape, dtype=shape.dtype, device=shape.device)
+        return mask.masked_fill_(self._to_device(~counts), -torch.inf)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
-
-
-def _attend_piece(q_MHD: Tensor, key_cache: Tensor, value_cache: Tensor, piece: _Piece) -> Tensor:
-    """Return MHD. The N query heads of a key head become its rows, so no key is copied."""
-    k_GCD, v_GCD = (
-        cache[piece.blocks_B].transpose(0, 1).flatten(1, 2) for cache in (key_cache, value_cache)
-    )
-    num_groups = k_GCD.shape[0]
-    q_GXD = _by_group(q_MHD, num_groups).permute(1, 2, 0, 3).flatten(1, 2)  # X = N M
-    mask_XC = piece.mask_MC.repeat(q_MHD.shape[1] // num_groups, 1)
-    attended_GXD = F.scaled_dot_product_attention(q_GXD[None], k_GCD[None], v_GCD[None], mask_XC)[0]
-    attended_GNMD = attended_GXD.view(num_groups, -1, *q_MHD.shape[::2])
-    return attended_GNMD.permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _by_group(q_THD: Tensor, num_groups: int) -> Tensor:
-    """Split the query heads by the key head that they read: THD to TGND."""
-    num_tokens, num_heads, head_dim = q_THD.shape
-    return q_THD.reshape(num_tokens, num_groups, num_heads // num_groups, head_dim)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(
+            self._shape.device, non_blocking=True
+        )

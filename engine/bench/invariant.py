@@ -20,11 +20,11 @@ from torch import Tensor
 
 from engine import machine
 from engine.attention.invariant import InvariantAttention
-from engine.backend import backend_of
+from engine.backend import backend_of, torch_kernels
 from engine.bench.steps import Case, Stand, Steps, fill, geometry, submit
 from engine.kernels.llama import NotForNative
 from engine.kernels.native import NativeKernels, choose
-from engine.models.invariant import invariant_kernels, meet_weights
+from engine.models.invariant import meet_weights
 from engine.models.registry import load_model
 from engine.sampler import SamplingRows
 from engine.startup import Progress
@@ -113,8 +113,10 @@ def _stands(folder: Path, dtype: str, choices: Choices) -> dict[str, Stand]:
     The promise costs those nothing: they have but one way to compute a row.
     """
     num_rows, longest = choices.num_rows, choices.max_model_len
-    kernels = invariant_kernels(torch.device("cpu"))
-    models = [load_model(folder, dtype), load_model(folder, dtype, kernels=kernels)]
+    models = [
+        load_model(folder, dtype, kernels=torch_kernels(folder, dtype, batch_invariant=invariant))
+        for invariant in (False, True)
+    ]
     room = geometry(models[0].shape, num_rows, longest)
     default = backend_of(models[0], room)
     meet_weights(models[1])

@@ -1,11 +1,12 @@
 """The KV memory of the device tier: one tensor in which a block holds all layers.
 
-Layout `[block, layer, k|v, kv_head, slot, head_dim]`: a block group is one contiguous range of
-bytes, so a swap or a migration of a group is one copy; attention sees a strided view per layer.
+Layout `[block, layer, slot, k|v, kv_head, head_dim]`: a block group is one contiguous range of
+bytes, so a swap or a migration of a group is one copy. So is a block of one layer, and gathered
+blocks are a row of tokens with one stride, which SDPA takes as it is.
 
-Packed, for the native kernels, the innermost two are put otherwise, so that both products of
-attention read whole vectors: keys [D / P][slot][P] and values [slot / P][D][P], where P numbers are
-32 bits.
+Packed, for the native kernels, it is `[block, layer, k|v, kv_head, slot, head_dim]` with the
+innermost two put otherwise, so that both products of attention read whole vectors: keys
+[D / P][slot][P] and values [slot / P][D][P], where P numbers are 32 bits.
 
 Shape legend: T tokens, G key/value heads, D head size, P numbers of 32 bits.
 """
@@ -44,17 +45,11 @@ class KVCache:
         self.geometry = geometry
         self.is_packed = is_packed
         self.scratch_block = geometry.num_blocks
+        inner = (2, shape.num_kv_heads, geometry.block_size, shape.head_dim)
+        if not is_packed:
+            inner = (geometry.block_size, 2, shape.num_kv_heads, shape.head_dim)
         self._kv = _zeros(
-            (
-                geometry.num_blocks + 1,
-                shape.num_layers,
-                2,
-                shape.num_kv_heads,
-                geometry.block_size,
-                shape.head_dim,
-            ),
-            shape.dtype,
-            shape.device,
+            (geometry.num_blocks + 1, shape.num_layers, *inner), shape.dtype, shape.device
         )
 
     def clear(self, groups: Sequence[BlockGroup]) -> None:
@@ -72,13 +67,15 @@ class KVCache:
 
     def write(
         self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TGD: Tensor, v_TGD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Put each token's key and value into its slot; return the views of `layer`."""
-        key_cache, value_cache = self.layer(layer)
-        at = (blocks_T, slice(None), offsets_T)
-        key_cache[at] = k_TGD
-        value_cache[at] = v_TGD
-        return key_cache, value_cache
+    ) -> Tensor:
+        """Put each token's key and value into its slot; return the view of `layer`.
+
+        It is [block, slot, k|v, kv_head, head_dim], contiguous but for the blocks.
+        """
+        assert not self.is_packed
+        kv = self._kv[:, layer]
+        kv[blocks_T, offsets_T] = torch.stack((k_TGD, v_TGD), dim=1)
+        return kv
 
     def blocks(self) -> Sequence[Tensor]:
         """Return all of each block's numbers."""
@@ -86,13 +83,14 @@ class KVCache:
 
     def strides(self) -> tuple[int, int, int, int, int]:
         """Return the address, and the distance in numbers of blocks, layers, k and v, heads."""
+        assert self.is_packed
         return self._kv.data_ptr(), *self._kv.stride()[:4]  # type: ignore[return-value]
 
     def _tokens(self, block: int, num_tokens: int) -> list[Tensor]:
         """Return views that are all of the first tokens of a block."""
         kv = self._kv[block]
         if not self.is_packed:
-            return [kv[..., :num_tokens, :]]
+            return [kv[:, :num_tokens]]
         num_slots, head_dim = kv.shape[-2:]
         pair = 4 // kv.dtype.itemsize
         num_whole, rest = divmod(num_tokens, pair)
@@ -103,11 +101,6 @@ class KVCache:
         if rest:
             views.append(values[:, :, num_whole, :, :rest])
         return views
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return views of the keys and the values, each [block, kv_head, slot, head_dim]."""
-        assert not self.is_packed
-        return self._kv[:, layer, 0], self._kv[:, layer, 1]
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

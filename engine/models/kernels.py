@@ -14,15 +14,19 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-Linear = Callable[[Tensor, Tensor], Tensor]  # x_TK, weight_NK -> TN
+Linear = Callable[[Tensor, Tensor], Tensor]  # x_TK, packed weight_NK -> TN
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """By default torch's own."""
+    """By default torch's own.
+
+    `pack` brings a weight, once, into the layout that `linear` reads, and does not keep the old.
+    """
 
     linear: Linear = F.linear
     silu: Callable[[Tensor], Tensor] = F.silu
+    pack: Callable[[Tensor], Tensor] = lambda weight_NK: weight_NK
 
 
 DEFAULT = Kernels()

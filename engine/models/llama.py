@@ -1,13 +1,14 @@
 """The Llama family (Touvron et al. 2023) as dense slices: RMSNorm, RoPE, GQA, SwiGLU.
 
 Shape legend: T tokens, E hidden size, H query heads, G key/value heads, D head size, F = MLP size,
-Q = (H + 2 G) D, S sampled rows, V vocabulary. Weights are [out, in], as `F.linear` takes them.
+Q = (H + 2 G) D, S sampled rows, V vocabulary. Weights are [out, in], as `F.linear` takes them,
+and in a model what `Kernels.pack` makes of that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -170,11 +171,11 @@ class LlamaSlices:
     def __init__(self, config: LlamaConfig, weights: Weights, kernels: Kernels) -> None:
         self._config = config
         self._embedding_VE = weights.embedding_VE
-        self._layers = list(weights.layers)
+        self._layers = [_packed(layer, kernels.pack) for layer in weights.layers]
         self._norm_E = weights.norm_E
         # Logits in bfloat16 lie up to 1/8 apart: the likeliest tokens would often be equal, and the
         # lowest id win over the better token.
-        self._head_VE = weights.head_VE.to(torch.float32)
+        self._head_VE = kernels.pack(weights.head_VE.to(torch.float32))
         self._linear, self._silu = kernels.linear, kernels.silu
         table = weights.embedding_VE
         self._frequency_P = rope_frequencies(config.head_dim, config.rope).to(table.device)
@@ -236,3 +237,13 @@ class LlamaSlices:
 
     def _norm(self, x_TE: Tensor, weight_E: Tensor) -> Tensor:
         return F.rms_norm(x_TE, weight_E.shape, weight_E, self._config.norm_eps)
+
+
+def _packed(layer: Layer, pack: Callable[[Tensor], Tensor]) -> Layer:
+    return replace(
+        layer,
+        qkv_QE=pack(layer.qkv_QE),
+        out_EX=pack(layer.out_EX),
+        gate_up_2FE=pack(layer.gate_up_2FE),
+        down_EF=pack(layer.down_EF),
+    )

@@ -103,7 +103,7 @@ class Stage:
         attention = (
             InvariantAttention(memory, shape, split=self.split, sizes=self.sizes)
             if self.invariant
-            else ReferenceAttention(memory, shape.device)
+            else ReferenceAttention(memory, shape)
         )
         batch = PersistentBatch(NUM_REGIONS, self.region * self.block_size, self.block_size)
         self.executor = SequentialExecutor(self.model, attention, memory, batch, sampler=self)

@@ -182,7 +182,7 @@ def run(
     """One request, its prompt in these chunks and then a token at a time."""
     geometry = KVGeometry(block_size=4, num_blocks=32, block_bytes=4 * model.shape.kv_token_bytes)
     cache = KVCache(model.shape, geometry)
-    attention = ReferenceAttention(cache, model.shape.device)
+    attention = ReferenceAttention(cache, model.shape)
     executor = SequentialExecutor(model, attention, cache, PersistentBatch(2, 128, 4))
     name = RequestId("r")
     join = Join(name, prompt, len(prompt), 0, (BlockGroup(0, 32),), params)

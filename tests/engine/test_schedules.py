@@ -79,7 +79,7 @@ def make_cache(model: DenseSlices) -> KVCache:
 
 
 def make_attention(model: DenseSlices) -> ReferenceAttention:
-    return ReferenceAttention(make_cache(model), model.shape.device)
+    return ReferenceAttention(make_cache(model), model.shape)
 
 
 def make_batch() -> PersistentBatch:
@@ -95,7 +95,7 @@ def run_together(model: DenseSlices, requests: str) -> Logits:
         return logits_SV.argmax(dim=1)
 
     cache = make_cache(model)
-    attention = ReferenceAttention(cache, model.shape.device)
+    attention = ReferenceAttention(cache, model.shape)
     executor = SequentialExecutor(model, attention, cache, make_batch(), sampler=note)
     for plan in plans_of(requests):
         executor.submit(plan)
