@@ -52,9 +52,7 @@ class NativeRows:
         )
         return ~is_spoiled_T
 
-    def _peaks_and_ids(
-        self, scores_SV: Tensor
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _peaks_and_ids(self, scores_SV: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         scores_SV = scores_SV.contiguous()
         num_rows, size = scores_SV.shape
         peak_S, ids_S = np.empty(num_rows, np.float32), np.empty(num_rows, np.int64)

@@ -15,11 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention.invariant import InvariantAttention
+from engine.backend import backend_of, load_best
 from engine.batch import PersistentBatch
 from engine.core import EngineCore
 from engine.executors.sequential import NOT_FINITE, SequentialExecutor
-from engine.kv.cache import KVCache
 from engine.messages import Submit
 from engine.models.invariant import invariant_kernels
 from engine.models.registry import load_model
@@ -39,17 +38,16 @@ class Poisoned:
     """A model that two tokens break."""
 
     def __init__(self, inner: DenseSlices) -> None:
-        self._inner = inner
+        self.inner = inner
         self.shape = inner.shape
         self.middle, self.last = inner.middle, inner.last
 
     def first(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[Carry, Projected]:
         if (token_ids_T == RAISES).any():
             raise ValueError("a token that the model cannot take")
-        carry, (q, k, v) = self._inner.first(token_ids_T, positions_T)
+        carry, (q, k, v) = self.inner.first(token_ids_T, positions_T)
         is_nan_T = token_ids_T == IS_NAN
         carry.residual_TE[is_nan_T] = torch.nan
-        k, v = k.clone(), v.clone()
         k[is_nan_T], v[is_nan_T] = torch.nan, torch.nan
         return carry, Projected(q, k, v)
 
@@ -62,16 +60,22 @@ def touchy(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
 
 def make_instance(model: Poisoned, max_num_running: int, depth: int = 1):
     geometry = KVGeometry(block_size=16, num_blocks=NUM_BLOCKS, block_bytes=1)
-    cache = KVCache(model.shape, geometry)
+    backend = backend_of(model.inner, geometry, batch_invariant=True)
     batch = PersistentBatch(max_num_running, 128, 16)
-    attention = InvariantAttention(cache, model.shape)
-    executor = SequentialExecutor(model, attention, cache, batch, sampler=touchy)
+    executor = SequentialExecutor(
+        model, backend.attention, backend.cache, batch, rows=backend.rows, sampler=touchy
+    )
     config = InstanceConfig(
         max_model_len=128, max_num_batched_tokens=64, max_num_running=max_num_running
     )
     reports: list = []
     scheduler = InstanceScheduler(config, geometry)
-    return EngineCore(scheduler, executor, reports.append, depth=depth), scheduler, cache, reports
+    return (
+        EngineCore(scheduler, executor, reports.append, depth=depth),
+        scheduler,
+        backend.cache,
+        reports,
+    )
 
 
 def serve(model: Poisoned, specs: list[RequestSpec], max_num_running: int, depth: int = 1):
@@ -204,5 +208,5 @@ def test_a_model_that_fails_for_everybody_ends_the_instance(
 
 @pytest.mark.realmodel
 def test_five_poisonous_requests_of_fifty_end_alone_in_a_real_model(real_model: Path) -> None:
-    model = load_model(real_model, "bfloat16", kernels=invariant_kernels(torch.device("cpu")))
+    model, _ = load_best(real_model, "bfloat16", batch_invariant=True)
     check(model, 50, 5, depth=2)
