@@ -44,24 +44,25 @@ class StepBudget:
     def step_s(self) -> float:
         return self._costs.step_s(self.shape)
 
-    def widen(self, num_computed: int, most: int) -> int:
-        """Return how many more tokens a request in the step may compute, and count them in."""
-        fitting = num_fitting(self._costs, self.shape, num_computed, most, self._limit_s)
-        num_tokens = max(fitting, min(most, self._num_sure))
-        self._num_sure = max(0, self._num_sure - num_tokens)
-        self.shape = self.shape.with_tokens(num_computed, num_tokens)
-        return num_tokens
-
     def has_room(self, num_computed: int) -> bool:
         """Whether a request that is not in the step could compute a token in it."""
         shape = self.shape.with_request(num_computed)
         fits = num_fitting(self._costs, shape, num_computed, 1, self._limit_s)
         return self._num_sure > 0 or fits == 1
 
-    def enter(self, num_computed: int, most: int) -> int:
-        """Do as `widen` for a request that is not in the step yet."""
+    def enter(self, num_computed: int) -> None:
+        """Count in a request, none of whose tokens the step computes yet."""
         self.shape = self.shape.with_request(num_computed)
-        return self.widen(num_computed, most)
+
+    def room(self, num_computed: int, most: int) -> int:
+        """Return how many more tokens a request that is in the step may compute."""
+        fitting = num_fitting(self._costs, self.shape, num_computed, most, self._limit_s)
+        return max(fitting, min(most, self._num_sure))
+
+    def take(self, num_computed: int, num_tokens: int) -> None:
+        """Count them in."""
+        self._num_sure = max(0, self._num_sure - num_tokens)
+        self.shape = self.shape.with_tokens(num_computed, num_tokens)
 
 
 class Pace:

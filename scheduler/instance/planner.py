@@ -192,8 +192,9 @@ class Planner:
             self._queues.rest(request)
             return 1
         num_tokens = min(request.num_to_compute, self._share(draft, index + 1))
-        if num_tokens > 1 and (time := self._time(draft)) is not None:
-            num_tokens = 1 + time.widen(request.num_scheduled + 1, num_tokens - 1)
+        time = self._time(draft) if num_tokens > 1 else None
+        if time is not None:  # which has counted one in
+            num_tokens = 1 + time.room(request.num_scheduled + 1, num_tokens - 1)
         num_covered_tokens = request.num_scheduled + num_tokens
         groups = self._cover(request, num_covered_tokens)
         if groups is not None:
@@ -201,6 +202,8 @@ class Planner:
                 self._join(request, draft)
             elif groups:
                 draft.appends.append(Append(request.request_id, groups))
+            if time is not None:
+                time.take(request.num_scheduled + 1, num_tokens - 1)
             self._schedule(request, num_tokens, draft)
             return 1
         draft.closed = True  # a newcomer must not take what is coming
@@ -251,7 +254,9 @@ class Planner:
         self._join(request, draft)
         num_tokens = min(request.num_to_compute, self._share(draft, index + 1))
         if time is not None:
-            num_tokens = time.enter(request.num_scheduled, num_tokens)
+            time.enter(request.num_scheduled)
+            num_tokens = time.room(request.num_scheduled, num_tokens)
+            time.take(request.num_scheduled, num_tokens)
         self._schedule(request, num_tokens, draft)
         return True
 

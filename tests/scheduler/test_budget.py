@@ -47,10 +47,17 @@ def test_more_decodes_leave_less():
 def test_some_tokens_are_sure_whatever_they_take():
     budget = StepBudget(COSTS, StepShape(8, 8, 80, 80), 2.0, 16)
     assert budget.has_room(0)
-    assert budget.enter(0, 10) == 10
-    assert budget.enter(0, 100) == 16 - 10
+    budget.enter(0)
+    assert budget.room(0, 10) == 10
+    assert budget.room(0, 100) == 16
+    assert budget.shape.num_tokens == 8, "asking takes nothing"
+    budget.take(0, 10)
+    assert budget.has_room(0)
+    budget.enter(0)
+    assert budget.room(0, 100) == 16 - 10
+    budget.take(0, 6)
     assert not budget.has_room(0)
-    assert budget.widen(5, 100) == 0
+    assert budget.room(5, 100) == 0
     assert budget.shape.num_tokens == 8 + 16
 
 
